@@ -1,0 +1,1 @@
+"""What runs on the server: it plans rounds and only ever hears sums."""

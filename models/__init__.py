@@ -1,0 +1,1 @@
+"""From Keras to client programs; the only package that imports TensorFlow."""

@@ -1,0 +1,1 @@
+"""Small models, one file each."""

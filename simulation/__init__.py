@@ -1,0 +1,1 @@
+"""Many devices on one machine: the only package that imports both sides."""

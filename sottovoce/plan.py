@@ -1,0 +1,263 @@
+"""What a device is asked to do, as data: blobs addressed by SHA-256, aggregations, privacy terms, the plan.
+
+A plan is the same document in every round; what changes (weights, learning rate, round number) is broadcast as the
+state blob. Its digest is its name; the signed announcement carries that digest, so the announcement's signature
+covers the plan. Nothing here does I/O.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Literal, TypeAlias
+
+import msgspec
+
+from sottovoce.errors import BadBlob, ConfigError, SottovoceError
+from sottovoce.types import TensorType
+
+DEFAULT_CHUNK_BYTES = 256 * 1024
+"""Nothing larger travels in one MQTT message; 120 KiB fits AWS IoT, 60 KiB Azure."""
+MAX_BLOB_BYTES = 512 * 1024 * 1024
+
+LaneName: TypeAlias = Literal["uint32", "uint64"]
+
+
+class Document(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of everything that is stored or sent: immutable, unknown fields refused."""
+
+
+def digest_of(content: bytes | bytearray | memoryview) -> bytes:
+    """Return the SHA-256 of `content`, 32 bytes: the name of a blob."""
+    return hashlib.sha256(content).digest()
+
+
+def canonical(document: msgspec.Struct) -> bytes:
+    """Return the one MessagePack encoding of `document`: fields in declaration order, shortest integers."""
+    return msgspec.msgpack.encode(document)
+
+
+class BlobRef(Document, frozen=True):
+    """Names a blob: its SHA-256, its size, and the SHA-256 of every chunk of it.
+
+    Attributes:
+        digest: SHA-256 of the whole, 32 bytes.
+        size: Bytes in the whole, at most MAX_BLOB_BYTES.
+        chunk_bytes: Bytes in every chunk but the last.
+        chunk_digests: The chunks' SHA-256 one after another, 32 bytes each.
+        sources: Where to fetch it; `mqtt:` is the retained chunks on the fleet's own broker.
+    """
+
+    digest: bytes
+    size: int
+    chunk_bytes: int
+    chunk_digests: bytes
+    sources: tuple[str, ...] = ("mqtt:",)
+
+    def __post_init__(self) -> None:
+        if len(self.digest) != 32 or not 0 <= self.size <= MAX_BLOB_BYTES or not 1 <= self.chunk_bytes <= 2**24:
+            raise BadBlob("a blob reference has an impossible digest length, size or chunk size")
+        if len(self.chunk_digests) != 32 * self.chunk_count:
+            raise BadBlob(
+                f"a blob of {self.size} bytes has {self.chunk_count} chunks, not {len(self.chunk_digests) / 32:g}"
+            )
+
+    @property
+    def chunk_count(self) -> int:
+        """How many chunks the blob has; an empty blob has one empty chunk."""
+        return max(1, -(-self.size // self.chunk_bytes))
+
+    def chunk_slice(self, index: int) -> slice:
+        """Return where chunk `index` lies in the whole."""
+        return slice(index * self.chunk_bytes, min(self.size, (index + 1) * self.chunk_bytes))
+
+    def verify_chunk(self, index: int, chunk: bytes | bytearray | memoryview) -> None:
+        """Raise BadBlob unless `chunk` is chunk `index` of this blob."""
+        if not 0 <= index < self.chunk_count:
+            raise BadBlob(f"chunk {index} of a blob of {self.chunk_count}")
+        where = self.chunk_slice(index)
+        if (
+            len(chunk) != where.stop - where.start
+            or digest_of(chunk) != self.chunk_digests[32 * index : 32 * index + 32]
+        ):
+            raise BadBlob(f"chunk {index} of blob {self.digest.hex()[:12]} does not match its digest")
+
+    def verify(self, content: bytes | bytearray | memoryview) -> None:
+        """Raise BadBlob unless `content` is this blob."""
+        if len(content) != self.size or digest_of(content) != self.digest:
+            raise BadBlob(f"blob {self.digest.hex()[:12]} does not match its digest")
+
+
+def blob_ref(content: bytes | bytearray | memoryview, *, chunk_bytes: int = DEFAULT_CHUNK_BYTES) -> BlobRef:
+    """Return the reference of `content` cut into chunks of `chunk_bytes`."""
+    view = memoryview(content)
+    starts = range(0, max(len(view), 1), chunk_bytes)
+    chunk_digests = b"".join(digest_of(view[at : at + chunk_bytes]) for at in starts)
+    return BlobRef(digest=digest_of(view), size=len(view), chunk_bytes=chunk_bytes, chunk_digests=chunk_digests)
+
+
+class Quantised(Document, tag="quantised", frozen=True):
+    """Real values, clamped to [-half_range, half_range] and rounded stochastically to `bits` bits.
+
+    Attributes:
+        half_range: r, in the value's own units, > 0; the quantum is 2r / (2^bits - 1).
+        bits: Width of one coordinate before summation, 1 to 48.
+    """
+
+    half_range: float
+    bits: int
+
+    @property
+    def maximum(self) -> int:
+        """Largest integer one device may put into a lane."""
+        return int(2**self.bits - 1)
+
+
+class Counted(Document, tag="counted", frozen=True):
+    """Whole numbers from 0 to `maximum`, summed exactly; a device clamps and counts what lies outside."""
+
+    maximum: int
+
+
+Encoding: TypeAlias = Quantised | Counted
+
+
+class Aggregation(Document, frozen=True):
+    """One named value that every device contributes and whose sum the coordinator learns.
+
+    Attributes:
+        name: The client program's result (or metric) of that name.
+        tensors: The types of its tensors, in order, fully known shapes.
+        weighted: The device multiplies by min(weight, cap) / cap, and the coordinator divides by the summed weight.
+        clip_norm: L2 bound over all its tensors together, applied first; None leaves them as they are.
+        encoding: How values become lane integers.
+        lane: Width of one entry on the wire.
+    """
+
+    name: str
+    tensors: tuple[str, ...]
+    encoding: Encoding
+    weighted: bool = False
+    clip_norm: float | None = None
+    lane: LaneName = "uint32"
+
+    @property
+    def size(self) -> int:
+        """Number of lane entries over all tensors."""
+        return sum(TensorType.parse(t).size for t in self.tensors)
+
+
+class PrivacyTerms(Document, frozen=True):
+    """What the plan promises about privacy, checked by every device's policy before anything runs.
+
+    Attributes:
+        purpose: What this is for, in words a device's owner understands.
+        minimum_cohort: Fewest survivors whose sum may be unmasked.
+        weight_cap: Largest weight (number of examples) of one device.
+        noise_multiplier: Reserved for differential privacy; anything but 0 is refused until noise exists.
+        expires_unix_s: The plan is refused after this time; 0 means never.
+    """
+
+    purpose: str
+    minimum_cohort: int
+    weight_cap: int
+    noise_multiplier: float = 0.0
+    expires_unix_s: int = 0
+
+
+class LocalWork(Document, frozen=True):
+    """How the client program walks over the local examples.
+
+    Attributes:
+        epochs: Passes over the examples, >= 1.
+        batch_size: Examples in a batch; the last batch of a pass may be smaller.
+        max_examples: At most this many examples, chosen at random, are used in a round; 0 means all.
+    """
+
+    epochs: int = 1
+    batch_size: int = 32
+    max_examples: int = 0
+
+
+class Plan(Document, frozen=True):
+    """What a device is asked to do: the same document in every round; its digest is its name.
+
+    Attributes:
+        fleet: The fleet it is meant for.
+        name: For people and for the round counter: round numbers grow per fleet and plan name.
+        collection: The collection of local examples that the program reads.
+        program: The bundle with the client program.
+        work: Epochs and batches.
+        aggregations: What is summed; the weight and the clip counter are always summed beside them.
+        privacy: The terms.
+    """
+
+    fleet: str
+    name: str
+    collection: str
+    program: BlobRef
+    work: LocalWork
+    aggregations: tuple[Aggregation, ...]
+    privacy: PrivacyTerms
+
+    @property
+    def digest(self) -> bytes:
+        """SHA-256 of the canonical encoding: the plan's name."""
+        return digest_of(canonical(self))
+
+
+def check_plan(plan: Plan) -> None:
+    """Raise ConfigError, saying what to change, unless every number in `plan` is possible."""
+    rules: Sequence[tuple[bool, Callable[[], str]]] = (
+        (
+            plan.privacy.noise_multiplier == 0.0,
+            lambda: "this plan asks for noise, which this release cannot add yet: remove noise_multiplier",
+        ),
+        (
+            plan.privacy.minimum_cohort >= 3,
+            lambda: f"minimum_cohort is {plan.privacy.minimum_cohort}; a sum needs at least 3 devices to hide in",
+        ),
+        (plan.privacy.weight_cap >= 1, lambda: "weight_cap must be at least 1"),
+        (plan.work.epochs >= 1 and plan.work.batch_size >= 1, lambda: "epochs and batch_size must be at least 1"),
+        (plan.work.max_examples >= 0, lambda: "max_examples must be 0 (all) or more"),
+        (bool(plan.aggregations), lambda: "a plan needs at least one aggregation"),
+        (
+            len({a.name for a in plan.aggregations}) == len(plan.aggregations),
+            lambda: "two aggregations have the same name",
+        ),
+        (bool(plan.privacy.purpose.strip()), lambda: "say in `purpose`, in plain words, what this is for"),
+    )
+    for holds, text in rules:
+        if not holds:
+            raise ConfigError(f"plan {plan.name!r}: {text()}")
+    for aggregation in plan.aggregations:
+        _check_aggregation(plan, aggregation)
+
+
+def _check_aggregation(plan: Plan, aggregation: Aggregation) -> None:
+    where = f"plan {plan.name!r}, aggregation {aggregation.name!r}"
+    if not aggregation.tensors or aggregation.size == 0:
+        raise ConfigError(f"{where}: it sums nothing")
+    if aggregation.clip_norm is not None and not aggregation.clip_norm > 0:
+        raise ConfigError(f"{where}: clip_norm must be above 0")
+    match aggregation.encoding:
+        case Quantised(half_range=half_range, bits=bits):
+            if not (0 < half_range < float("inf") and 1 <= bits <= 48):
+                raise ConfigError(f"{where}: half_range must be above 0 and bits 1 to 48")
+        case Counted(maximum=maximum):
+            if not 1 <= maximum < 2**48:
+                raise ConfigError(f"{where}: maximum must be 1 to 2^48 - 1")
+
+
+def decode_plan(content: bytes) -> Plan:
+    """Parse the bytes of a plan blob (already verified against its digest) and check them.
+
+    Raises:
+        ConfigError: The bytes are not a plan of this version, or a number in it is impossible.
+    """
+    try:
+        plan = msgspec.msgpack.decode(content, type=Plan)
+    except (msgspec.ValidationError, msgspec.DecodeError, SottovoceError) as error:
+        raise ConfigError(f"not a plan of this version: {error}") from error
+    check_plan(plan)
+    return plan

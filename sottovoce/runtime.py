@@ -1,0 +1,256 @@
+"""Runs client programs on a TFLite runtime: bundle in, roles out. The only module that imports such a runtime.
+
+ai-edge-litert is preferred, tflite-runtime (32-bit Pis) also works; both are imported on first use. TFLite checks no
+shapes and no dtypes of its inputs (a wrong batch gives a wrong loss and no error), so every input is held against its
+port first. A `Program` is not thread-safe: one for each thread.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+
+from sottovoce.bundle import Bundle, Port, RoleName
+from sottovoce.errors import BadBundle, MalformedMessage, ProgramError, SelfTestFailed
+from sottovoce.tensors import decode_tensors
+from sottovoce.types import Array
+
+RuntimeName: TypeAlias = Literal["auto", "litert", "tflite"]
+Arrays: TypeAlias = Mapping[str, Array]
+
+SAMPLED_ENTRIES = 1024
+"""A tensor of more entries than this is represented in self-test vectors by so many, evenly spread."""
+
+_DISTRIBUTIONS = {"litert": "ai-edge-litert", "tflite": "tflite-runtime"}
+_INSTALL = {
+    "auto": "no TFLite runtime is installed: pip install 'sottovoce[agent]'",
+    "litert": "ai-edge-litert is not installed: pip install 'sottovoce[agent]'",
+    "tflite": "tflite-runtime is not installed: pip install 'sottovoce[agent-tflite]'",
+}
+
+
+class Program:
+    """A client program, opened: its five roles as functions of named arrays."""
+
+    def __init__(self, bundle: Bundle, signatures: Mapping[RoleName, Any]) -> None:
+        """Made by `open_program`."""
+        self._bundle = bundle
+        self._signatures = signatures
+        self._features = tuple(port for port in bundle.batch if port.name in bundle.features)
+        for role in signatures:
+            self._check_signature(role)
+
+    def begin(self, broadcast: Arrays) -> dict[str, Array]:
+        """Return the first state.
+
+        Args:
+            broadcast: One array for each broadcast port.
+
+        Raises:
+            ProgramError: A port is missing or its array has the wrong dtype or shape; so for every role.
+        """
+        return self._run("begin", broadcast)
+
+    def step(self, state: Arrays, batch: Arrays) -> tuple[dict[str, Array], dict[str, Array]]:
+        """Return the state after one batch, and the batch's metrics (sums, shape [1] each)."""
+        _check_batch(batch)
+        outputs = self._run("step", {**state, **batch})
+        metrics = {port.name: outputs.pop(port.name) for port in self._bundle.metrics}
+        return outputs, metrics
+
+    def finish(self, state: Arrays, broadcast: Arrays) -> dict[str, Array]:
+        """Return every port of every result."""
+        return self._run("finish", {**state, **broadcast})
+
+    def infer(self, broadcast: Arrays, features: Arrays) -> dict[str, Array]:
+        """Return the predictions for a batch of features."""
+        _check_batch(features)
+        return self._run("infer", {**broadcast, **features})
+
+    def evaluate(self, broadcast: Arrays, batch: Arrays) -> dict[str, Array]:
+        """Return the sums over a batch."""
+        _check_batch(batch)
+        return self._run("evaluate", {**broadcast, **batch})
+
+    def _ports(self, role: RoleName) -> tuple[tuple[Port, ...], tuple[Port, ...]]:
+        """Return the inputs and the outputs of `role`."""
+        b = self._bundle
+        match role:
+            case "begin":
+                return b.broadcast, b.state
+            case "step":
+                return b.state + b.batch, b.state + b.metrics
+            case "finish":
+                return b.state + b.broadcast, b.result_ports
+            case "infer":
+                return b.broadcast + self._features, b.predictions
+            case "evaluate":
+                return b.broadcast + b.batch, b.sums
+
+    def _check_signature(self, role: RoleName) -> None:
+        inputs, outputs = self._ports(role)
+        signature = self._signatures[role]
+        declared = signature.get_input_details(), signature.get_output_details()
+        for kind, ports, details in zip(("input", "output"), (inputs, outputs), declared, strict=True):
+            known = {port.name: port.tensor_type.numpy_dtype for port in ports}
+            for name, detail in details.items():
+                if known.get(name) != detail["dtype"]:
+                    raise BadBundle(f"{role}: the flatbuffer's {kind} {name!r} ({detail['dtype'].__name__}) is not a port")
+        if missing := {port.name for port in outputs} - set(declared[1]):
+            raise BadBundle(f"{role}: the flatbuffer does not return {', '.join(sorted(missing))}")
+
+    def _run(self, role: RoleName, given: Arrays) -> dict[str, Array]:
+        if role not in self._signatures:
+            raise ProgramError(f"program {self._bundle.name!r} has no role {role!r}")
+        inputs, outputs = self._ports(role)
+        _check_ports(role, inputs, given)
+        signature = self._signatures[role]
+        # A signature may leave out ports that it does not need; the converter drops unused inputs.
+        fed = {name: np.ascontiguousarray(given[name]) for name in signature.get_input_details()}
+        try:
+            returned = signature(**fed)
+        except (RuntimeError, ValueError) as error:
+            raise ProgramError(f"program {self._bundle.name!r}, role {role!r}: the runtime refused it: {error}") from error
+        results = {port.name: np.array(returned[port.name]) for port in outputs}
+        _check_ports(role, outputs, results)
+        return results
+
+
+def open_program(bundle: Bundle, *, runtime: RuntimeName = "auto", threads: int = 1) -> Program:
+    """Return `bundle` ready to run.
+
+    Args:
+        bundle: A bundle that `decode_bundle` has checked.
+        runtime: Which TFLite runtime; `auto` takes ai-edge-litert if it is installed, else tflite-runtime.
+        threads: Threads of one invocation, >= 1.
+
+    Raises:
+        ProgramError: No such runtime is installed; the text says which command installs it.
+        BadBundle: The runtime cannot read a flatbuffer, or its signatures do not have the bundle's ports.
+    """
+    interpreter_class = _import(_choose(runtime))
+    interpreters = {}
+    try:
+        for name, flatbuffer in bundle.flatbuffers.items():
+            interpreters[name] = interpreter_class(model_content=flatbuffer, num_threads=threads)
+        signatures = {
+            role: interpreters[where.flatbuffer].get_signature_runner(where.signature) for role, where in bundle.roles.items()
+        }
+    except (RuntimeError, ValueError) as error:
+        raise BadBundle(f"program {bundle.name!r}: the runtime cannot read it: {error}") from error
+    return Program(bundle, signatures)
+
+
+def runtime_name(runtime: RuntimeName = "auto") -> str:
+    """Return the name and version of the runtime that `open_program` would use, such as `ai-edge-litert 2.3.0`.
+
+    Raises:
+        ProgramError: No such runtime is installed.
+    """
+    distribution = _DISTRIBUTIONS[_choose(runtime)]
+    return f"{distribution} {importlib.metadata.version(distribution)}"
+
+
+def run_self_test(bundle: Bundle, program: Program) -> None:
+    """Run the bundle's self-test vectors on this device's runtime.
+
+    Raises:
+        SelfTestFailed: A tensor differs by more than the tolerance, or a tensor is missing; carries `tensor`,
+            `difference` and `tolerance`.
+        BadBundle: The vectors are not named tensors.
+    """
+    test = bundle.self_test
+    try:
+        broadcast = {**decode_tensors(bundle.initial), **decode_tensors(test.broadcast)}
+        batches = [decode_tensors(batch) for batch in test.batches]
+        expected = decode_tensors(test.expected)
+    except MalformedMessage as error:
+        raise BadBundle(f"program {bundle.name!r}: {error}") from error
+    actual = _self_test_results(bundle, program, broadcast, batches)
+    if missing := set(actual) - set(expected):
+        raise BadBundle(f"program {bundle.name!r}: its self-test expects nothing of {', '.join(sorted(missing))}")
+    for name, wanted in expected.items():
+        difference = _difference(wanted, sampled(actual[name])) if name in actual else np.inf
+        if not difference <= test.tolerance:
+            raise SelfTestFailed(
+                f"program {bundle.name!r} computes {name!r} wrongly on this device's runtime: "
+                f"off by {difference:.3g}, allowed {test.tolerance:.3g}; this device must not take part with it",
+                tensor=name,
+                difference=difference,
+                tolerance=test.tolerance,
+            )
+
+
+def sampled(tensor: Array) -> Array:
+    """Return the entries by which self-test vectors represent `tensor`: all of it, or SAMPLED_ENTRIES spread evenly."""
+    if tensor.size <= SAMPLED_ENTRIES:
+        return tensor
+    return tensor.reshape(-1)[np.linspace(0, tensor.size - 1, SAMPLED_ENTRIES).astype(np.int64)]
+
+
+def _self_test_results(bundle: Bundle, program: Program, broadcast: Arrays, batches: Sequence[Arrays]) -> dict[str, Array]:
+    totals: dict[str, Array] = {port.name: np.zeros(1) for port in bundle.metrics}
+    state = program.begin(broadcast)
+    for batch in batches:
+        state, metrics = program.step(state, batch)
+        totals = {name: total + metrics[name] for name, total in totals.items()}
+    return {**program.finish(state, broadcast), **totals}
+
+
+def _difference(wanted: Array, found: Array) -> float:
+    if wanted.shape != found.shape:
+        return float("inf")
+    return float(np.max(np.abs(found.astype(np.float64) - wanted.astype(np.float64)), initial=0.0))
+
+
+def _check_ports(role: RoleName, ports: Sequence[Port], given: Arrays) -> None:
+    for port in ports:
+        array = given.get(port.name)
+        if array is None:
+            raise ProgramError(f"{role}: {port.name!r} is missing; it is a {port.type}")
+        if not port.tensor_type.admits(array):
+            dims = ",".join(map(str, array.shape))
+            raise ProgramError(f"{role}: {port.name!r} is a {port.type}, not a {array.dtype}[{dims}]")
+        if array.size and port.low is not None and array.min() < port.low:
+            raise ProgramError(f"{role}: {port.name!r} holds {array.min()}, below {port.low}")
+        if array.size and port.high is not None and array.max() > port.high:
+            raise ProgramError(f"{role}: {port.name!r} holds {array.max()}, above {port.high}")
+
+
+def _check_batch(batch: Arrays) -> None:
+    sizes = {name: len(column) for name, column in batch.items()}
+    if not sizes or len(set(sizes.values())) != 1 or 0 in sizes.values():
+        raise ProgramError(f"a batch needs columns of one length, at least 1; these have {sizes}")
+
+
+def _choose(runtime: RuntimeName) -> Literal["litert", "tflite"]:
+    candidates: tuple[Literal["litert", "tflite"], ...] = ("litert", "tflite") if runtime == "auto" else (runtime,)
+    for candidate in candidates:
+        if _is_installed(candidate):
+            return candidate
+    raise ProgramError(_INSTALL[runtime])
+
+
+def _is_installed(runtime: Literal["litert", "tflite"]) -> bool:
+    try:
+        importlib.metadata.version(_DISTRIBUTIONS[runtime])
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _import(runtime: Literal["litert", "tflite"]) -> Any:
+    """Return the runtime's Interpreter class."""
+    if runtime == "tflite" and int(np.__version__.split(".")[0]) >= 2:
+        raise ProgramError(f"tflite-runtime needs numpy below 2, not {np.__version__}: pip install 'sottovoce[agent-tflite]'")
+    try:
+        if runtime == "litert":
+            from ai_edge_litert.interpreter import Interpreter
+        else:
+            from tflite_runtime.interpreter import Interpreter
+    except ImportError as error:
+        raise ProgramError(f"{_DISTRIBUTIONS[runtime]} is installed but does not start here: {error}") from error
+    return Interpreter

@@ -1,0 +1,1 @@
+"""One port (base), two ways through it: mqtt for real, memory for tests and simulation."""

@@ -1,0 +1,1 @@
+"""Typed messages, the only parser of untrusted bytes, and the only topic strings."""

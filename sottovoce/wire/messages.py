@@ -1,0 +1,334 @@
+"""Every message that travels, as a typed struct. The meaning of a message never changes: a new need is a new message.
+
+Bodies are MessagePack arrays in declaration order. Who sent it to whom, in which round and session, stands in the
+envelope (`sottovoce.wire.codec`) and is part of what is signed. Times are Unix milliseconds on the coordinator's clock.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+import msgspec
+
+from sottovoce.plan import BlobRef, Document
+
+Mode: TypeAlias = Literal["active", "curious"]
+Cipher: TypeAlias = Literal["aes-128-ctr", "chacha20"]
+
+
+class Message(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Base of every message body."""
+
+
+# --- announcements, from the coordinator to everybody, retained -------------------------------------------------------
+
+
+class Announcement(Message, frozen=True):
+    """A round is open: the plan, the state to start from, and both appointments.
+
+    Attributes:
+        certificate: The coordinator's certificate, DER.
+        previous: Digest of the previous announcement's envelope, 32 bytes (zeros for the first): a hash chain.
+        plan: The plan's blob.
+        state: The state's blob: named tensors for every broadcast port.
+        now_ms: The coordinator's time when it signed.
+        selection_closes_ms: Check in before this.
+        rendezvous_ms: Be present at this time with the work done; earlier if everybody is ready.
+        rendezvous_closes_ms: The round is over by then, one way or the other.
+    """
+
+    certificate: bytes
+    previous: bytes
+    plan: BlobRef
+    state: BlobRef
+    now_ms: int
+    selection_closes_ms: int
+    rendezvous_ms: int
+    rendezvous_closes_ms: int
+
+
+class Outcome(Message, frozen=True):
+    """A round has ended.
+
+    Attributes:
+        certificate: The coordinator's certificate, DER.
+        announcement: Digest of the announcement's envelope.
+        committed: True if a new state came of it.
+        reason: Short code when abandoned, empty when committed.
+        survivors: Device ids whose update is in the sum, sorted.
+        state: The new state if committed, else the old one.
+        now_ms: The coordinator's time.
+    """
+
+    certificate: bytes
+    announcement: bytes
+    committed: bool
+    reason: str
+    survivors: tuple[str, ...]
+    state: BlobRef
+    now_ms: int
+
+
+# --- from a device ----------------------------------------------------------------------------------------------------
+
+
+class Status(Message, frozen=True):
+    """Whether this device is connected; the last will says offline. A hint only, never believed for a decision.
+
+    Attributes:
+        online: True while connected.
+        version: Version of the agent.
+    """
+
+    online: bool
+    version: str
+
+
+class CheckIn(Message, frozen=True):
+    """This device is eligible for the announced round and its policy allows the plan.
+
+    Attributes:
+        certificate: The device's certificate, DER.
+        announcement: Digest of the announcement's envelope.
+        fast_aes: True if this device has AES instructions.
+    """
+
+    certificate: bytes
+    announcement: bytes
+    fast_aes: bool
+
+
+class Ready(Message, frozen=True):
+    """The work is done; the masked rendezvous may come.
+
+    Attributes:
+        present: True if the device stays connected until the rendezvous.
+    """
+
+    present: bool
+
+
+class Withdraw(Message, frozen=True):
+    """This device cannot go on in this round.
+
+    Attributes:
+        code: Short code, one of the `code`s and `reason`s of sottovoce.errors; never free text.
+    """
+
+    code: str
+
+
+class AdvertiseKeys(Message, frozen=True):
+    """Fresh keys for one session, bound to everything that was agreed before it.
+
+    Attributes:
+        certificate: The device's certificate, DER.
+        plan: Plan digest, 32 bytes.
+        state: State digest, 32 bytes.
+        parameters: Digest of the SecAggParameters, 32 bytes.
+        channel_key: X25519 public key for share encryption, 32 bytes.
+        mask_key: X25519 public key for pairwise masks, 32 bytes.
+        nonce: 32 fresh bytes.
+    """
+
+    certificate: bytes
+    plan: bytes
+    state: bytes
+    parameters: bytes
+    channel_key: bytes
+    mask_key: bytes
+    nonce: bytes
+
+
+class ShareKeys(Message, frozen=True):
+    """Shares of the self seed and of the mask private key, one ciphertext per neighbour.
+
+    Attributes:
+        commitment: SHA-256 commitment to the self seed, 32 bytes.
+        ciphertexts: One AEAD ciphertext per neighbour, in the order of the neighbours' positions.
+    """
+
+    commitment: bytes
+    ciphertexts: tuple[bytes, ...]
+
+
+class MaskedInput(Message, frozen=True):
+    """The masked vector is ready to be uploaded, chunk by chunk.
+
+    Attributes:
+        vector: Digest, size and chunk digests of the masked vector.
+    """
+
+    vector: BlobRef
+
+
+class SurvivorsSignature(Message, frozen=True):
+    """Consistency check: this device was shown exactly one survivor set, this one.
+
+    Attributes:
+        survivors: SHA-256 over the sorted survivor set, 32 bytes.
+    """
+
+    survivors: bytes
+
+
+class Unmasking(Message, frozen=True):
+    """For each neighbour one share: of the self seed if it survived, of the mask key if it dropped out.
+
+    Attributes:
+        self_seed_shares: (neighbour position, 36 bytes) for every surviving neighbour.
+        mask_key_shares: (neighbour position, 36 bytes) for every neighbour that shared keys and dropped out.
+    """
+
+    self_seed_shares: tuple[tuple[int, bytes], ...]
+    mask_key_shares: tuple[tuple[int, bytes], ...]
+
+
+# --- from the coordinator to one device -------------------------------------------------------------------------------
+
+
+class Selected(Message, frozen=True):
+    """This device is in the cohort: do the work.
+
+    Attributes:
+        route: Topic level for everything this device sends in this round.
+        now_ms: The coordinator's time.
+    """
+
+    route: str
+    now_ms: int
+
+
+class NotSelected(Message, frozen=True):
+    """The cohort is complete.
+
+    Attributes:
+        retry_ms: Time of the next round's check-in, as far as it is known.
+    """
+
+    retry_ms: int
+
+
+class SecAggParameters(Document, frozen=True):
+    """What one session agrees on; its digest is in every advertisement and in the session id.
+
+    Attributes:
+        mode: `active` includes the consistency check.
+        cipher: Mask expansion.
+        minimum_survivors: Fewer survivors abandon the round.
+        maximum_clients: Upper bound on the cohort; lanes are sized by it.
+        corrupt_share_bp: gamma, assumed share of corrupt clients, in basis points.
+        dropout_share_bp: delta, assumed share of dropouts, in basis points.
+        vector_bytes: Length of the masked vector.
+    """
+
+    mode: Mode
+    cipher: Cipher
+    minimum_survivors: int
+    maximum_clients: int
+    corrupt_share_bp: int
+    dropout_share_bp: int
+    vector_bytes: int
+
+
+class AdvertiseKeysRequest(Message, frozen=True):
+    """The rendezvous is open: advertise keys for a session with these parameters."""
+
+    parameters: SecAggParameters
+
+
+class Roster(Message, frozen=True):
+    """The cohort is fixed.
+
+    Attributes:
+        leaves: The sorted 32-byte leaves of all members, concatenated.
+        neighbours: Degree k of the graph; members - 1 is the complete graph.
+        threshold: t, shares needed to rebuild a secret.
+        advertisements: The signed envelopes of this device's neighbours' advertisements, in order of position.
+    """
+
+    leaves: bytes
+    neighbours: int
+    threshold: int
+    advertisements: tuple[bytes, ...]
+
+
+class MaskedInputRequest(Message, frozen=True):
+    """Share keys is closed: these neighbours have shared, mask with exactly them.
+
+    Attributes:
+        shares: (neighbour position, ciphertext for this device) for every neighbour that shared keys.
+    """
+
+    shares: tuple[tuple[int, bytes], ...]
+
+
+class UploadSlot(Message, frozen=True):
+    """An upload slot is granted, or progress in it: which chunks have arrived.
+
+    Attributes:
+        received: Bitmap, chunk i is bit i % 8 of byte i // 8.
+        complete: The vector is whole, verified and added; the upload is over.
+    """
+
+    received: bytes
+    complete: bool
+
+
+class SurvivorsRequest(Message, frozen=True):
+    """Consistency check (active mode): sign this survivor set.
+
+    Attributes:
+        survivors: Sorted roster positions of U3, those whose masked input was added.
+    """
+
+    survivors: tuple[int, ...]
+
+
+class UnmaskingRequest(Message, frozen=True):
+    """Reveal shares for exactly this survivor set.
+
+    Attributes:
+        survivors: Sorted roster positions of U3.
+        signatures: In active mode the signed envelopes of neighbours' SurvivorsSignature messages.
+    """
+
+    survivors: tuple[int, ...]
+    signatures: tuple[bytes, ...]
+
+
+class RoundOver(Message, frozen=True):
+    """This device is no longer in the round; the outcome follows for everybody.
+
+    Attributes:
+        reason: Short code, for example `late`, `abandoned`, `taken_over`.
+    """
+
+    reason: str
+
+
+DeviceMessage: TypeAlias = (
+    Status | CheckIn | Ready | Withdraw | AdvertiseKeys | ShareKeys | MaskedInput | SurvivorsSignature | Unmasking
+)
+CoordinatorMessage: TypeAlias = (
+    Announcement
+    | Outcome
+    | Selected
+    | NotSelected
+    | AdvertiseKeysRequest
+    | Roster
+    | MaskedInputRequest
+    | UploadSlot
+    | SurvivorsRequest
+    | UnmaskingRequest
+    | RoundOver
+)
+AnyMessage: TypeAlias = DeviceMessage | CoordinatorMessage
+
+DEVICE_MESSAGES: tuple[type[Message], ...] = (
+    Status, CheckIn, Ready, Withdraw, AdvertiseKeys, ShareKeys, MaskedInput, SurvivorsSignature, Unmasking,
+)  # fmt: skip
+COORDINATOR_MESSAGES: tuple[type[Message], ...] = (
+    Announcement, Outcome, Selected, NotSelected, AdvertiseKeysRequest, Roster, MaskedInputRequest, UploadSlot,
+    SurvivorsRequest, UnmaskingRequest, RoundOver,
+)  # fmt: skip
