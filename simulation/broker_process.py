@@ -1,32 +1,30 @@
 """A mosquitto of one's own: started on a free loopback port, paused, killed and restarted at will, gone afterwards.
 
 What runs is a configuration file of this repository (`broker_config/demo`, or `broker_config/production` with
-certificates); only paths, the port and the user to run as are filled in.
-
-Nothing is left behind, whatever happens. A guard process holds the reading end of a pipe: when this process closes it,
-or dies in any way at all, the guard kills the broker and removes the folder. It runs in a session of its own, so
-neither Ctrl-C nor a signal to the whole process group reaches it first.
+certificates); only paths, the port and the user to run as are filled in. Process, port and folder are gone when the
+context is left or when this process dies, however it dies: see `simulation.guarded`.
 """
 
 from __future__ import annotations
 
-import getpass
+import os
+import re
 import signal
 import socket
 import subprocess
-import tempfile
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Self
+from typing import Literal, Protocol, Self
 
-from simulation.mosquitto_binary import Mosquitto, find_mosquitto
-from sottovoce.errors import TransportError
-
-__all__ = ["HOST", "BrokerProcess", "BrokerTls", "Mosquitto", "find_mosquitto"]
+from simulation.embedded_broker import install_embedded_broker
+from simulation.guarded import GuardedFolder
+from simulation.mosquitto_binary import find_mosquitto
+from sottovoce.errors import ConfigError, TransportError
 
 HOST = "127.0.0.1"
 CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "broker_config"
@@ -36,10 +34,52 @@ _POLL_S = 0.01
 _PORT_ATTEMPTS = 5
 # Adds to the file's own log types the line "mosquitto version ... running", by which a start is known to be complete.
 _LOG_STARTS = "log_type information\n"
-# $1 is the folder. The pid file is written by the very process that then becomes the broker, so it is never late.
-_GUARD = 'cat > /dev/null; [ -s "$1/pid" ] && kill -9 "$(cat "$1/pid")" 2> /dev/null; rm -rf -- "$1"'
-# $0 is the folder: where it is gone (the guard was here), the broker does not start.
-_LAUNCH = 'echo "$$" > "$0/pid" && exec "$@"'
+
+
+# A broker says so itself when it is ready: "mosquitto version 2.0.11 running".
+_RUNNING = re.compile(r"(\w+) version (\S+) running")
+
+
+class BrokerProgram(Protocol):
+    """A broker that is installed: mosquitto, or the embedded one."""
+
+    @property
+    def protocol(self) -> Literal["5", "3.1.1"]:
+        """The newest MQTT version that it speaks."""
+
+    def command(self, configuration: Path, port: int) -> list[str]:
+        """Return the command that starts it on `port`, with `configuration` (a mosquitto.conf) if it reads one."""
+
+    def environment(self) -> dict[str, str]:
+        """Return the environment variables to start it with."""
+
+
+def find_broker(
+    mosquitto: Callable[[], BrokerProgram] = find_mosquitto,
+    embedded: Callable[[], BrokerProgram] = install_embedded_broker,
+) -> BrokerProgram:
+    """Return mosquitto, installed in the virtual environment if need be, or else the embedded broker, with a warning.
+
+    Args:
+        mosquitto: Finds or installs the first, or raises ConfigError.
+        embedded: Finds or installs the second, or raises ConfigError.
+
+    Raises:
+        ConfigError: Neither can be had; the text has the line that installs mosquitto by hand.
+    """
+    try:
+        return mosquitto()
+    except ConfigError as no_mosquitto:
+        try:
+            last_resort = embedded()
+        except ConfigError as no_embedded:
+            raise ConfigError(f"{no_mosquitto} ({no_embedded})") from no_embedded
+        print(
+            f"warning: {no_mosquitto}\n"
+            "warning: going on with an embedded broker in Python: slower, and nothing survives its restart",
+            file=sys.stderr,
+        )
+        return last_resort
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +90,13 @@ class BrokerTls:
         fleet_ca: The fleet CA's certificate, PEM; only clients under it are let in.
         certificate: The broker's certificate, PEM.
         key: The broker's private key, PEM, unencrypted.
-        revoked: The CA's revocation list, PEM, or None.
+        revoked: The CA's revocation list, PEM; read at start and on SIGHUP.
     """
 
     fleet_ca: Path
     certificate: Path
     key: Path
-    revoked: Path | None = None
+    revoked: Path
 
 
 class BrokerProcess:
@@ -66,6 +106,7 @@ class BrokerProcess:
         host: The loopback address it listens on.
         port: The port it listens on; the same after every restart.
         folder: Where its configuration, log and persistence live; removed on exit.
+        description: Name and version of the broker, such as `mosquitto 2.0.11`.
     """
 
     host = HOST
@@ -75,7 +116,7 @@ class BrokerProcess:
         *,
         tls: BrokerTls | None = None,
         settings: Mapping[str, str] | None = None,
-        mosquitto: Mosquitto | None = None,
+        program: BrokerProgram | None = None,
     ) -> None:
         """Prepare a broker; it starts on entering the context.
 
@@ -83,11 +124,12 @@ class BrokerProcess:
             tls: None runs `broker_config/demo`; files run `broker_config/production` with them.
             settings: Further directives of mosquitto.conf that replace those of the file, for example
                 `{"autosave_interval": "1"}`.
-            mosquitto: The program; None finds it, or installs it.
+            program: What to run; None finds mosquitto or installs it, and without `tls` falls back to the embedded
+                broker, which reads neither file nor settings.
         """
         self._tls = tls
         self._settings = dict(settings or {})
-        self._mosquitto = mosquitto
+        self._program = program
         self._process: subprocess.Popen[bytes] | None = None
         self.port = 0
 
@@ -95,25 +137,24 @@ class BrokerProcess:
         """Start the broker and return when it accepts connections.
 
         Raises:
-            ConfigError: No broker is installed and none can be.
+            ConfigError: No broker is installed and none can be; the text has the line that installs one.
             TransportError: The broker does not start; the text ends with its log.
         """
-        self._mosquitto = self._mosquitto or find_mosquitto()
+        if self._program is None:
+            self._program = find_broker() if self._tls is None else find_mosquitto()
         with ExitStack() as on_failure:
-            self.folder = Path(tempfile.mkdtemp(prefix="sottovoce-broker-"))
-            self._guard = subprocess.Popen(
-                ["/bin/sh", "-c", _GUARD, "guard", str(self.folder)], stdin=subprocess.PIPE, start_new_session=True
-            )
-            on_failure.callback(self._clean_up)
+            self._guarded = on_failure.enter_context(GuardedFolder("sottovoce-broker-"))
+            self.folder = self._guarded.path
             self._start_on_free_port()
-            on_failure.pop_all()
+            self._undo = on_failure.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Kill the broker and remove its folder."""
-        self._clean_up()
+        self._process = None
+        self._undo.close()
 
     @property
     def pid(self) -> int:
@@ -123,6 +164,17 @@ class BrokerProcess:
             TransportError: It is not running.
         """
         return self._running().pid
+
+    @property
+    def protocol(self) -> Literal["5", "3.1.1"]:
+        """The newest MQTT version that the broker speaks.
+
+        Raises:
+            TransportError: No broker was chosen yet: enter the context first.
+        """
+        if self._program is None:
+            raise TransportError("the broker is not chosen before it is started")
+        return self._program.protocol
 
     def log(self) -> str:
         """Return what the broker has logged so far, all starts together."""
@@ -138,6 +190,7 @@ class BrokerProcess:
         """Stop the broker with SIGTERM: it saves its state first."""
         process = self._running()
         process.terminate()
+        process.send_signal(signal.SIGCONT)  # a paused process hears nothing else
         self._reap(process)
 
     def pause(self) -> None:
@@ -164,9 +217,7 @@ class BrokerProcess:
         return self._process
 
     def _reap(self, process: subprocess.Popen[bytes]) -> None:
-        process.wait()
-        # Without the file the guard kills nobody: the number may soon be another process's.
-        (self.folder / "pid").unlink(missing_ok=True)
+        self._guarded.reap(process)
         self._process = None
 
     def _start_on_free_port(self) -> None:
@@ -180,20 +231,14 @@ class BrokerProcess:
                     raise
 
     def _start(self) -> None:
-        assert self._mosquitto is not None, "found on entering"
+        assert self._program is not None, "found on entering"
         configuration = self.folder / "mosquitto.conf"
         configuration.write_text(self._configuration())
-        command = [str(self._mosquitto.executable), "-c", str(configuration)]
-        with open(self.folder / "log", "ab") as log:
-            log_start = log.tell()
-            process = subprocess.Popen(
-                ["/bin/sh", "-c", _LAUNCH, str(self.folder), *command],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=self._mosquitto.environment(),
-                start_new_session=True,
-            )
+        log = self.folder / "log"
+        log_start = log.stat().st_size if log.exists() else 0
+        process = self._guarded.spawn(
+            self._program.command(configuration, self.port), log=log, environment=self._program.environment()
+        )
         self._process = process
         try:
             self._wait_until_it_accepts(process, log_start)
@@ -207,11 +252,13 @@ class BrokerProcess:
         while True:
             log = (self.folder / "log").read_bytes()[log_start:].decode(errors="replace")
             # The log line tells this broker from a stranger on the same port; the connection, that it listens.
-            if " running" in log and _accepts(self.port):
+            ready = _RUNNING.search(log)
+            if ready and _accepts(self.port):
+                self.description = " ".join(ready.groups())
                 return
             if process.poll() is not None or time.monotonic() > deadline:
                 state = "does not answer" if process.poll() is None else f"ended with code {process.returncode}"
-                raise TransportError(f"mosquitto {state} on port {self.port}; its log:\n{log.strip()}")
+                raise TransportError(f"the broker {state} on port {self.port}; its log:\n{log.strip()}")
             time.sleep(_POLL_S)
 
     def _configuration(self) -> str:
@@ -223,22 +270,14 @@ class BrokerProcess:
                 "cafile": str(self._tls.fleet_ca),
                 "certfile": str(self._tls.certificate),
                 "keyfile": str(self._tls.key),
+                "crlfile": str(self._tls.revoked),
                 "acl_file": str(CONFIG_FOLDER / "production" / "acl"),
             }
-            settings |= {"crlfile": str(self._tls.revoked)} if self._tls.revoked is not None else {}
-        # Started as root, mosquitto would become a user who may not read this folder.
-        settings["user"] = getpass.getuser()
+        if os.geteuid() == 0:
+            # Started as root, mosquitto would become a user who may not read this folder.
+            settings["user"] = "root"
         base = (CONFIG_FOLDER / name).read_text()
         return render_configuration(base, {**settings, **self._settings}) + _LOG_STARTS
-
-    def _clean_up(self) -> None:
-        """Kill the broker if it runs, then let the guard remove the folder."""
-        if self._process is not None:
-            self.kill()
-        pipe: IO[bytes] | None = self._guard.stdin
-        assert pipe is not None, "opened with PIPE"
-        pipe.close()
-        self._guard.wait()
 
 
 def render_configuration(base: str, settings: Mapping[str, str]) -> str:

@@ -14,9 +14,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from sottovoce.errors import ConfigError
 
@@ -36,10 +37,16 @@ class Mosquitto:
     Attributes:
         executable: The program.
         library_folders: Folders with shared libraries that the system lacks; empty for an installed broker.
+        protocol: The newest MQTT version that it speaks.
     """
 
     executable: Path
     library_folders: tuple[Path, ...] = ()
+    protocol: Literal["5", "3.1.1"] = "5"
+
+    def command(self, configuration: Path, port: int) -> list[str]:
+        """Return the command that runs `configuration`, a mosquitto.conf, which has the port in it."""
+        return [str(self.executable), "-c", str(configuration)]
 
     def environment(self) -> dict[str, str]:
         """Return the environment variables to start the program with: this process's, plus its libraries."""
@@ -101,28 +108,41 @@ def _install(folder: Path) -> Mosquitto:
 
 def _download_and_unpack(scratch: Path, root: Path) -> None:
     """Fetch mosquitto and the libraries that this system lacks, and unpack them all into `root`."""
-    options: tuple[str, ...] = ()
-    if not _run(["apt-cache", "show", "mosquitto"], check=False):
-        # A fresh container has no package lists, and only root may write the system's: so they go into our own folder.
-        options = _private_lists(scratch)
-        _run(["apt-get", *options, "-qq", "update"])
-    # Root's apt would drop to a user who cannot write into a private folder, and warn about it.
-    options = (*options, "-o", "APT::Sandbox::User=root") if os.geteuid() == 0 else options
     archives = scratch / "archives"
     archives.mkdir()
-    _run(["apt-get", *options, "-qq", "download", "mosquitto", *_missing_libraries(options)], folder=archives)
+    # Root's apt would drop to a user who cannot write into a private folder, and warn about it.
+    options = ("-o", "APT::Sandbox::User=root") if os.geteuid() == 0 else ()
+    try:
+        _download(archives, options)
+    except ConfigError:
+        # A fresh container has no package lists, an old machine has stale ones, and only root may write the system's:
+        # fetch current lists into our own folder.
+        options = (*options, *_private_lists(scratch))
+        _run(["apt-get", *options, "-qq", "update"])
+        _download(archives, options)
     for archive in sorted(archives.glob("*.deb")):
         _run(["dpkg", "-x", str(archive), str(root)])
+
+
+def _download(archives: Path, options: Sequence[str]) -> None:
+    _run(["apt-get", *options, "-qq", "download", "mosquitto", *_missing_libraries(options)], folder=archives)
 
 
 def _private_lists(scratch: Path) -> tuple[str, ...]:
     """Return apt options that keep package lists and caches under `scratch`; the system's sources stay in use."""
     for name in ("state/lists/partial", "cache/archives/partial"):
         (scratch / name).mkdir(parents=True)
-    return ("-o", f"Dir::State={scratch / 'state'}", "-o", f"Dir::Cache={scratch / 'cache'}", "-o", "Debug::NoLocking=1")
+    return (
+        "-o",
+        f"Dir::State={scratch / 'state'}",
+        "-o",
+        f"Dir::Cache={scratch / 'cache'}",
+        "-o",
+        "Debug::NoLocking=1",
+    )
 
 
-def _missing_libraries(options: Iterable[str]) -> list[str]:
+def _missing_libraries(options: Sequence[str]) -> list[str]:
     """Return the libraries among mosquitto's dependencies, direct and indirect, that are not installed here."""
     relations = ("recommends", "suggests", "conflicts", "breaks", "replaces", "enhances")
     listed = _run(
@@ -147,16 +167,15 @@ def _run(
     *,
     folder: Path | None = None,
     environment: dict[str, str] | None = None,
-    check: bool = True,
 ) -> str:
-    """Return what `command` printed; unless `check` is false, raise ConfigError with its last words if it fails."""
+    """Return what `command` printed, or raise ConfigError with its last words."""
     try:
         done = subprocess.run(
             command, cwd=folder, env=environment, capture_output=True, text=True, timeout=_APT_TIMEOUT_S, check=False
         )
     except subprocess.TimeoutExpired:
         raise _not_installable(f"{' '.join(command[:2])} took more than {_APT_TIMEOUT_S} s") from None
-    if done.returncode != 0 and check:
+    if done.returncode != 0:
         last = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]
         raise _not_installable(f"{command[0]} failed: {last}")
     return done.stdout

@@ -21,7 +21,8 @@ import msgspec
 
 from sottovoce.errors import BadBundle, ConfigError
 from sottovoce.plan import MAX_BLOB_BYTES, Document, canonical, digest_of
-from sottovoce.types import TensorType
+from sottovoce.tensors import decode_tensors, encode_tensors
+from sottovoce.types import Array, TensorType
 
 FORMAT = "sottovoce-program/1"
 RoleName: TypeAlias = Literal["begin", "step", "finish", "infer", "evaluate"]
@@ -151,6 +152,27 @@ def decode_bundle(content: bytes) -> Bundle:
     return bundle
 
 
+def with_initial(bundle: Bundle, initial: Mapping[str, Array]) -> Bundle:
+    """Return `bundle` with other initial values, for example a trained model; its self-test keeps the old ones.
+
+    Args:
+        bundle: A checked bundle.
+        initial: New values of some or all broadcast ports.
+
+    Raises:
+        BadBundle: A name is not a broadcast port, or its value is not of the port's type.
+    """
+    ports = {port.name: port.tensor_type for port in bundle.broadcast}
+    for name, value in initial.items():
+        if name not in ports or not ports[name].admits(value):
+            raise BadBundle(f"{name!r} ({value.dtype}{list(value.shape)}) is not a broadcast value of {bundle.name!r}")
+    before = decode_tensors(bundle.initial)
+    self_test = msgspec.structs.replace(
+        bundle.self_test, broadcast=encode_tensors({**before, **decode_tensors(bundle.self_test.broadcast)})
+    )
+    return msgspec.structs.replace(bundle, initial=encode_tensors({**before, **initial}), self_test=self_test)
+
+
 def read_bundle(path: Path) -> tuple[Bundle, bytes]:
     """Return the bundle in the file `path` and its digest.
 
@@ -189,7 +211,12 @@ def _check(bundle: Bundle) -> None:
                 raise BadBundle(f"port {port.name!r} has rank 0; every scalar travels as shape [1]")
     if any(port.tensor_type.shape[0] is not None for port in bundle.batch):
         raise BadBundle("the first dimension of every batch port must be unknown (?)")
-    for together in ((bundle.broadcast, bundle.state), (bundle.broadcast, bundle.batch), (bundle.state, bundle.batch), (bundle.state, bundle.metrics)):
+    for together in (
+        (bundle.broadcast, bundle.state),
+        (bundle.broadcast, bundle.batch),
+        (bundle.state, bundle.batch),
+        (bundle.state, bundle.metrics),
+    ):
         if len({port.name for ports in together for port in ports}) != sum(map(len, together)):
             raise BadBundle("two ports of one signature have the same name")
     if {port.name for port in bundle.metrics} & {result.name for result in bundle.results}:

@@ -8,6 +8,8 @@ SottovoceError
 │   └── RemoteProtocolError    the other side broke them: counted by `reason`, dropped
 │       ├── MalformedMessage   bytes that are not a message
 │       ├── UnexpectedMessage  no such (state, message) pair in the table
+│       ├── ConflictingMessage a second, different answer where one was given already
+│       ├── Equivocation       two signed survivor sets in one session; carries the evidence
 │       ├── Replayed           an old round, session or transfer
 │       └── BadBlob            a blob or chunk that does not match its digest
 ├── CryptoError            never retried
@@ -20,6 +22,7 @@ SottovoceError
 └── ProgramError           a client program, its data or its runtime
     ├── BadBundle
     ├── SelfTestFailed
+    ├── NonFiniteUpdate        the program's result holds NaN or infinity
     └── BadExamples            shape, dtype, NaN, label out of range, none at all
 """
 
@@ -67,6 +70,26 @@ class UnexpectedMessage(RemoteProtocolError):
         super().__init__(f"{type(message).__name__} is not expected in state {type(state).__name__}")
         self.state_name = type(state).__name__
         self.message_name = type(message).__name__
+
+
+class ConflictingMessage(RemoteProtocolError):
+    """A second, different answer where this sender has already given one."""
+
+    reason = "conflicting"
+
+
+class Equivocation(RemoteProtocolError):
+    """Two survivor sets were signed in one session.
+
+    Attributes:
+        evidence: The signed envelopes that prove it.
+    """
+
+    reason = "equivocation"
+
+    def __init__(self, text: str, evidence: tuple[bytes, ...]) -> None:
+        super().__init__(text)
+        self.evidence = evidence
 
 
 class Replayed(RemoteProtocolError):
@@ -151,11 +174,19 @@ class SelfTestFailed(ProgramError):
 
     code = "self_test_failed"
 
-    def __init__(self, text: str, *, tensor: str = "", difference: float = float("nan"), tolerance: float = 0.0) -> None:
+    def __init__(
+        self, text: str, *, tensor: str = "", difference: float = float("nan"), tolerance: float = 0.0
+    ) -> None:
         super().__init__(text)
         self.tensor = tensor
         self.difference = difference
         self.tolerance = tolerance
+
+
+class NonFiniteUpdate(ProgramError):
+    """The client program's result holds NaN or infinity; nothing of it is sent."""
+
+    code = "non_finite"
 
 
 class BadExamples(ProgramError):

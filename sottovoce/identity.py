@@ -9,14 +9,17 @@ Verification raises; it never returns False. Time is an argument: a Pi boots in 
 from __future__ import annotations
 
 import datetime
+import os
 import re
 import struct
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from pathlib import Path
+from typing import Literal, NoReturn, TypeAlias
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature, encode_dss_signature
@@ -27,9 +30,13 @@ from sottovoce.errors import BadCertificate, BadSignature, ConfigError
 Role: TypeAlias = Literal["device", "coordinator"]
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 SIGNATURE_BYTES = 64
+MAX_CERTIFICATE_BYTES = 4096
+"""Longer certificates are refused before they are parsed; the fleet's own have about 700 bytes."""
 _P256_ORDER = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551
 _SCALAR_BYTES = 32
 _BUILD_TIME = datetime.datetime(2026, 11, 22, tzinfo=datetime.UTC)
+_END_OF_TIME = datetime.datetime(9999, 1, 1, tzinfo=datetime.UTC)
+_READABLE_BY_OTHERS = 0o077
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +119,7 @@ class Certificate:
 
 
 class Identity:
-    """A private key and its certificate. The key never appears in a repr."""
+    """A private key and its certificate. The key never appears in a repr, and the whole cannot be pickled."""
 
     __slots__ = ("_key", "certificate")
 
@@ -124,6 +131,9 @@ class Identity:
 
     def __repr__(self) -> str:
         return f"Identity({self.certificate.role} {self.certificate.name} of {self.certificate.fleet})"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("an Identity holds a private key and is never pickled or copied")
 
     def sign(self, content: bytes) -> bytes:
         """Return the raw r||s signature of `content`, low-s, 64 bytes."""
@@ -139,20 +149,30 @@ class Identity:
 class TrustAnchor:
     """The pinned fleet CA, with what it has revoked and which certificates were already verified."""
 
-    def __init__(self, ca_certificate: x509.Certificate, *, revoked_serials: Sequence[int] = ()) -> None:
+    def __init__(
+        self, ca_certificate: x509.Certificate, *, revoked_serials: Iterable[int] = (), remembered: int = 4096
+    ) -> None:
+        """Pin `ca_certificate`.
+
+        Args:
+            ca_certificate: The fleet's own CA.
+            revoked_serials: Serial numbers that are no longer believed; see `load_revoked`.
+            remembered: Certificates whose chain need not be checked again; the least recently used is forgotten, so
+                that no sender can make this grow.
+
+        Raises:
+            ConfigError: It is not the certificate of a fleet CA.
+        """
+        self.fleet = _fleet_of_authority(ca_certificate)
         self._ca = ca_certificate
         self._revoked = frozenset(revoked_serials)
-        self._verified: dict[bytes, tuple[Certificate, datetime.datetime, datetime.datetime]] = {}
-
-    @property
-    def fleet(self) -> str:
-        """The fleet that this CA speaks for."""
-        return _attribute(self._ca, NameOID.ORGANIZATION_NAME)
+        self._remembered = remembered
+        self._verified: OrderedDict[bytes, tuple[Certificate, datetime.datetime, datetime.datetime]] = OrderedDict()
 
     def verify(self, der: bytes, *, at: datetime.datetime, role: Role | None = None) -> Certificate:
         """Return what the certificate `der` says, once its chain, validity, fleet and role are checked.
 
-        The chain is checked once per certificate; validity and role every time.
+        The chain is checked once per certificate; validity (of the CA too) and role every time.
 
         Args:
             der: X.509 certificate in DER.
@@ -165,6 +185,10 @@ class TrustAnchor:
         entry = self._verified.get(der)
         if entry is None:
             entry = self._verified[der] = self._parse(der)
+            if len(self._verified) > self._remembered:
+                self._verified.popitem(last=False)
+        else:
+            self._verified.move_to_end(der)
         certificate, not_before, not_after = entry
         if not not_before <= at <= not_after:
             raise BadCertificate(
@@ -175,37 +199,60 @@ class TrustAnchor:
         return certificate
 
     def _parse(self, der: bytes) -> tuple[Certificate, datetime.datetime, datetime.datetime]:
+        if len(der) > MAX_CERTIFICATE_BYTES:
+            raise BadCertificate(f"a certificate of {len(der)} bytes is longer than {MAX_CERTIFICATE_BYTES}")
         try:
             parsed = x509.load_der_x509_certificate(der)
             parsed.verify_directly_issued_by(self._ca)
-            public_key = parsed.public_key()
+            public_key = _p256_key(parsed)
             name, role = _attribute(parsed, NameOID.COMMON_NAME), _attribute(parsed, NameOID.ORGANIZATIONAL_UNIT_NAME)
             fleet = _attribute(parsed, NameOID.ORGANIZATION_NAME)
-        except (ValueError, TypeError, InvalidSignature, x509.InvalidVersion) as error:
+        except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm, x509.InvalidVersion) as error:
             raise BadCertificate(f"not a certificate of this fleet's CA: {type(error).__name__}") from error
-        if not isinstance(public_key, ec.EllipticCurvePublicKey) or not isinstance(public_key.curve, ec.SECP256R1):
-            raise BadCertificate("a certificate's key must be P-256")
         if fleet != self.fleet or not NAME.fullmatch(name) or role not in ("device", "coordinator"):
             raise BadCertificate(f"the certificate names fleet {fleet!r}, role {role!r}, holder {name!r}")
         if parsed.serial_number in self._revoked:
             raise BadCertificate(f"the certificate of {name} is revoked")
-        not_before, not_after = parsed.not_valid_before_utc, parsed.not_valid_after_utc
+        not_before = max(parsed.not_valid_before_utc, self._ca.not_valid_before_utc)
+        not_after = min(parsed.not_valid_after_utc, self._ca.not_valid_after_utc)
         certificate = Certificate(
             name=name,
             role="device" if role == "device" else "coordinator",
             fleet=fleet,
             fingerprint=parsed.fingerprint(hashes.SHA256()),
             der=der,
-            issued_unix_s=int(not_before.timestamp()),
+            issued_unix_s=int(parsed.not_valid_before_utc.timestamp()),
             _public_key=public_key,
         )
         return certificate, not_before, not_after
 
 
 def latest_time(local_unix_s: float, last_signed_unix_s: float = 0.0) -> datetime.datetime:
-    """Return the time to judge certificates by: the latest of the local clock, signed `now` values and build time."""
+    """Return the time to judge certificates by: the latest of the local clock, signed `now` values and build time.
+
+    A clock beyond the year 9998 counts as that year: every certificate has then expired, and nothing overflows.
+    """
     latest = max(local_unix_s, last_signed_unix_s, _BUILD_TIME.timestamp())
-    return datetime.datetime.fromtimestamp(latest, datetime.UTC)
+    return datetime.datetime.fromtimestamp(min(latest, _END_OF_TIME.timestamp()), datetime.UTC)
+
+
+def load_revoked(pem: bytes, ca_certificate: x509.Certificate) -> frozenset[int]:
+    """Return the serial numbers in the revocation list `pem` (an X.509 CRL) that `fleet-ca revoke` writes.
+
+    The list is judged by its signature, not by its dates: an offline CA publishes one only when something changes.
+
+    Raises:
+        ConfigError: It is not a PEM revocation list, or `ca_certificate` is not a fleet CA.
+        BadCertificate: This CA did not sign it.
+    """
+    _fleet_of_authority(ca_certificate)
+    try:
+        revoked = x509.load_pem_x509_crl(pem)
+    except ValueError as error:
+        raise ConfigError("the revocation list is not a PEM X.509 CRL; copy revoked.pem from the CA again") from error
+    if revoked.issuer != ca_certificate.subject or not revoked.is_signature_valid(_p256_key(ca_certificate)):
+        raise BadCertificate("the revocation list is not signed by this fleet's CA")
+    return frozenset(entry.serial_number for entry in revoked)
 
 
 def load_key(pem: bytes) -> ec.EllipticCurvePrivateKey:
@@ -221,6 +268,39 @@ def load_key(pem: bytes) -> ec.EllipticCurvePrivateKey:
     if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP256R1):
         raise ConfigError("the private key must be P-256")
     return key
+
+
+def read_secret_file(path: Path) -> bytes:
+    """Return the content of the file `path`, which only its owner may read.
+
+    Raises:
+        ConfigError: There is no such file, or others than its owner can read or write it.
+    """
+    try:
+        mode = path.stat().st_mode
+        if mode & _READABLE_BY_OTHERS:
+            raise ConfigError(f"other users of this machine can read or write {path}: chmod 600 {path}")
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+
+
+def write_secret_file(path: Path, content: bytes) -> None:
+    """Write `content` to the new file `path`, readable by its owner only from its first moment.
+
+    Raises:
+        ConfigError: The file exists already (it is left as it is), or cannot be written.
+    """
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(descriptor)
+    except FileExistsError as error:
+        raise ConfigError(f"{path} exists already and is not overwritten; move it away first") from error
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror}") from error
 
 
 def load_certificate(pem: bytes) -> x509.Certificate:
@@ -269,6 +349,31 @@ def subject(*, name: str, fleet: str, role: str) -> x509.Name:
             x509.NameAttribute(NameOID.ORGANIZATIONAL_UNIT_NAME, role),
         ]
     )
+
+
+def _fleet_of_authority(certificate: x509.Certificate) -> str:
+    """Return the fleet that the CA `certificate` speaks for, or raise ConfigError when it is not a fleet CA's."""
+    not_a_ca = "the pinned certificate is not a fleet CA's; use the fleet-ca.pem that `fleet-ca init` wrote"
+    try:
+        constraints = certificate.extensions.get_extension_for_class(x509.BasicConstraints).value
+        certificate.verify_directly_issued_by(certificate)
+        fleet = _attribute(certificate, NameOID.ORGANIZATION_NAME)
+        _p256_key(certificate)
+    except (x509.ExtensionNotFound, ValueError, TypeError, InvalidSignature, BadCertificate) as error:
+        raise ConfigError(f"{not_a_ca} ({error or type(error).__name__})") from error
+    if not constraints.ca or not NAME.fullmatch(fleet):
+        raise ConfigError(not_a_ca)
+    return fleet
+
+
+def _p256_key(certificate: x509.Certificate) -> ec.EllipticCurvePublicKey:
+    try:
+        key = certificate.public_key()
+    except (ValueError, UnsupportedAlgorithm) as error:
+        raise BadCertificate("a certificate's key must be P-256") from error
+    if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
+        raise BadCertificate("a certificate's key must be P-256")
+    return key
 
 
 def _attribute(certificate: x509.Certificate, oid: x509.ObjectIdentifier) -> str:

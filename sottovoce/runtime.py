@@ -8,7 +8,7 @@ port first. A `Program` is not thread-safe: one for each thread.
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -24,11 +24,10 @@ Arrays: TypeAlias = Mapping[str, Array]
 SAMPLED_ENTRIES = 1024
 """A tensor of more entries than this is represented in self-test vectors by so many, evenly spread."""
 
-_DISTRIBUTIONS = {"litert": "ai-edge-litert", "tflite": "tflite-runtime"}
-_INSTALL = {
-    "auto": "no TFLite runtime is installed: pip install 'sottovoce[agent]'",
-    "litert": "ai-edge-litert is not installed: pip install 'sottovoce[agent]'",
-    "tflite": "tflite-runtime is not installed: pip install 'sottovoce[agent-tflite]'",
+_INSTALL: Mapping[RuntimeName, str] = {
+    "auto": "pip install 'sottovoce[agent]'",
+    "litert": "pip install 'sottovoce[agent]'",
+    "tflite": "pip install 'sottovoce[agent-tflite]'",
 }
 
 
@@ -98,7 +97,9 @@ class Program:
             known = {port.name: port.tensor_type.numpy_dtype for port in ports}
             for name, detail in details.items():
                 if known.get(name) != detail["dtype"]:
-                    raise BadBundle(f"{role}: the flatbuffer's {kind} {name!r} ({detail['dtype'].__name__}) is not a port")
+                    raise BadBundle(
+                        f"{role}: the flatbuffer's {kind} {name!r} ({detail['dtype'].__name__}) is not a port"
+                    )
         if missing := {port.name for port in outputs} - set(declared[1]):
             raise BadBundle(f"{role}: the flatbuffer does not return {', '.join(sorted(missing))}")
 
@@ -113,7 +114,9 @@ class Program:
         try:
             returned = signature(**fed)
         except (RuntimeError, ValueError) as error:
-            raise ProgramError(f"program {self._bundle.name!r}, role {role!r}: the runtime refused it: {error}") from error
+            raise ProgramError(
+                f"program {self._bundle.name!r}, role {role!r}: the runtime refused it: {error}"
+            ) from error
         results = {port.name: np.array(returned[port.name]) for port in outputs}
         _check_ports(role, outputs, results)
         return results
@@ -131,13 +134,14 @@ def open_program(bundle: Bundle, *, runtime: RuntimeName = "auto", threads: int 
         ProgramError: No such runtime is installed; the text says which command installs it.
         BadBundle: The runtime cannot read a flatbuffer, or its signatures do not have the bundle's ports.
     """
-    interpreter_class = _import(_choose(runtime))
+    _, interpreter_class = _choose(runtime)
     interpreters = {}
     try:
         for name, flatbuffer in bundle.flatbuffers.items():
             interpreters[name] = interpreter_class(model_content=flatbuffer, num_threads=threads)
         signatures = {
-            role: interpreters[where.flatbuffer].get_signature_runner(where.signature) for role, where in bundle.roles.items()
+            role: interpreters[where.flatbuffer].get_signature_runner(where.signature)
+            for role, where in bundle.roles.items()
         }
     except (RuntimeError, ValueError) as error:
         raise BadBundle(f"program {bundle.name!r}: the runtime cannot read it: {error}") from error
@@ -150,7 +154,7 @@ def runtime_name(runtime: RuntimeName = "auto") -> str:
     Raises:
         ProgramError: No such runtime is installed.
     """
-    distribution = _DISTRIBUTIONS[_choose(runtime)]
+    distribution, _ = _choose(runtime)
     return f"{distribution} {importlib.metadata.version(distribution)}"
 
 
@@ -191,7 +195,9 @@ def sampled(tensor: Array) -> Array:
     return tensor.reshape(-1)[np.linspace(0, tensor.size - 1, SAMPLED_ENTRIES).astype(np.int64)]
 
 
-def _self_test_results(bundle: Bundle, program: Program, broadcast: Arrays, batches: Sequence[Arrays]) -> dict[str, Array]:
+def _self_test_results(
+    bundle: Bundle, program: Program, broadcast: Arrays, batches: Sequence[Arrays]
+) -> dict[str, Array]:
     totals: dict[str, Array] = {port.name: np.zeros(1) for port in bundle.metrics}
     state = program.begin(broadcast)
     for batch in batches:
@@ -226,31 +232,36 @@ def _check_batch(batch: Arrays) -> None:
         raise ProgramError(f"a batch needs columns of one length, at least 1; these have {sizes}")
 
 
-def _choose(runtime: RuntimeName) -> Literal["litert", "tflite"]:
-    candidates: tuple[Literal["litert", "tflite"], ...] = ("litert", "tflite") if runtime == "auto" else (runtime,)
-    for candidate in candidates:
-        if _is_installed(candidate):
-            return candidate
-    raise ProgramError(_INSTALL[runtime])
+def _choose(runtime: RuntimeName) -> tuple[str, Any]:
+    """Return the distribution's name and the Interpreter class of the first runtime that can be imported."""
+    reasons = []
+    for distribution, load in _CANDIDATES[runtime].items():
+        try:
+            return distribution, load()
+        except ImportError as error:
+            reasons.append(f"{distribution}: {error}")
+    raise ProgramError(f"no TFLite runtime works here: {_INSTALL[runtime]} ({'; '.join(reasons)})")
 
 
-def _is_installed(runtime: Literal["litert", "tflite"]) -> bool:
-    try:
-        importlib.metadata.version(_DISTRIBUTIONS[runtime])
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
+def _load_litert() -> Any:
+    from ai_edge_litert.interpreter import Interpreter
 
-
-def _import(runtime: Literal["litert", "tflite"]) -> Any:
-    """Return the runtime's Interpreter class."""
-    if runtime == "tflite" and int(np.__version__.split(".")[0]) >= 2:
-        raise ProgramError(f"tflite-runtime needs numpy below 2, not {np.__version__}: pip install 'sottovoce[agent-tflite]'")
-    try:
-        if runtime == "litert":
-            from ai_edge_litert.interpreter import Interpreter
-        else:
-            from tflite_runtime.interpreter import Interpreter
-    except ImportError as error:
-        raise ProgramError(f"{_DISTRIBUTIONS[runtime]} is installed but does not start here: {error}") from error
     return Interpreter
+
+
+def _load_tflite() -> Any:
+    # tflite-runtime 2.14 also imports beside numpy 2, and fails later, in its first Interpreter.
+    if int(np.__version__.split(".")[0]) >= 2:
+        raise ImportError(f"it needs numpy below 2, not {np.__version__}")
+    from tflite_runtime.interpreter import Interpreter
+
+    return Interpreter
+
+
+_LITERT = {"ai-edge-litert": _load_litert}
+_TFLITE = {"tflite-runtime": _load_tflite}
+_CANDIDATES: Mapping[RuntimeName, Mapping[str, Callable[[], Any]]] = {
+    "auto": _LITERT | _TFLITE,
+    "litert": _LITERT,
+    "tflite": _TFLITE,
+}

@@ -19,16 +19,17 @@ def pytest_configure() -> None:
     """Refuse a wrong setting at once: skipping what was meant to run would look like success."""
     folder = os.environ.get(_VARIABLE)
     if folder and not Path(folder).is_dir():
-        raise pytest.UsageError(f"{_VARIABLE}={folder} is not a folder: name the folder of the real data sets or unset it")
+        raise pytest.UsageError(f"{_VARIABLE}={folder} is not a folder: name that of the real data sets, or unset it")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip tests marked `shared_data` where no folder is named: the only skips that the project allows."""
     if os.environ.get(_VARIABLE):
         return
+    skip = pytest.mark.skip(reason=f"shared_data: set {_VARIABLE} to the folder of the real data sets")
     for item in items:
         if item.get_closest_marker("shared_data") is not None:
-            item.add_marker(pytest.mark.skip(reason=f"shared_data: set {_VARIABLE} to the folder of the real data sets"))
+            item.add_marker(skip)
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,7 @@ def digits(*, hidden: int = HIDDEN) -> Model:
             **dense_weights("hidden", random, inputs=PIXELS, outputs=hidden),
             **dense_weights("output", random, inputs=hidden, outputs=CLASSES),
         },
-        learning_rate=0.1,
+        learning_rate=0.2,
         forward=_forward,
         constants={},
         test_constants={},

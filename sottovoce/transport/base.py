@@ -2,7 +2,8 @@
 
 One thread owns a transport: it calls `receive` in a loop and everything else in between. Deliveries are acknowledged
 to the broker when the *next* `receive` is called, that is after their effect is durable. QoS 1 throughout: a delivery
-may come more than once, and out of order after a reconnect.
+may come more than once, and out of order after a reconnect. What is subscribed before the first `receive` is in place
+when the first Connected comes.
 """
 
 from __future__ import annotations

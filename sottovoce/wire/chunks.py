@@ -1,7 +1,7 @@
 """Cutting what is larger than one MQTT message, and putting it together again without trusting anybody.
 
-Two cases. A *blob* or a *masked vector* has a BlobRef (in something signed) that names every chunk's digest: `Assembly`.
-An *envelope* larger than one chunk is cut into fragments that name the digest of the whole: `Reassembler`.
+Two cases. A *blob* or a *masked vector* has a BlobRef (in something signed) that names each chunk's digest: `Assembly`.
+An *envelope* larger than one chunk is cut into equal fragments that name the digest of the whole: `Reassembler`.
 Both have bounded memory, and both take chunks in any order, repeated or not.
 """
 
@@ -11,9 +11,14 @@ from collections import OrderedDict
 
 import msgspec
 
-from sottovoce.errors import BadBlob, MalformedMessage
+from sottovoce.errors import BadBlob, LocalProtocolError, MalformedMessage
 from sottovoce.plan import BlobRef, digest_of
 from sottovoce.wire.codec import MAX_MESSAGE_BYTES
+
+MAX_ASSEMBLY_BYTES = 64 * 1024 * 1024
+"""Largest blob or vector that is put together in memory unless a caller allows another size."""
+MIN_FRAGMENT_BYTES = 1024
+"""Every fragment but the last carries at least this much, so that few bytes never cost many objects."""
 
 
 class VectorChunk(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -31,16 +36,30 @@ class VectorChunk(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_f
 
 
 class _Fragment(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="f"):
+    """Part `index` of an envelope of `size` bytes cut every `step` bytes; equal steps leave nothing to overlap."""
+
     digest: bytes
     size: int
-    start: int
+    step: int
+    index: int
     content: bytes
+
+    @property
+    def in_range(self) -> bool:
+        length = min(self.step, self.size - self.index * self.step)
+        return (
+            len(self.digest) == 32
+            and MIN_FRAGMENT_BYTES <= self.step < self.size
+            and self.index >= 0
+            and len(self.content) == length > 0
+        )
 
 
 _VECTOR_CHUNK = msgspec.msgpack.Decoder(VectorChunk)
 _FRAGMENT = msgspec.msgpack.Decoder(_Fragment)
 _FRAGMENT_OVERHEAD = 64
-_FRAGMENT_PREFIX = msgspec.msgpack.encode(_Fragment(b"", 0, 0, b""))[:3]
+_FRAGMENT_PREFIX = msgspec.msgpack.encode(_Fragment(b"", 0, 0, 0, b""))[:3]
+_UNDECODABLE = (msgspec.ValidationError, msgspec.DecodeError, UnicodeDecodeError)
 
 
 def encode_vector_chunk(chunk: VectorChunk) -> bytes:
@@ -56,7 +75,7 @@ def decode_vector_chunk(payload: bytes) -> VectorChunk:
     """
     try:
         return _VECTOR_CHUNK.decode(payload)
-    except (msgspec.ValidationError, msgspec.DecodeError) as error:
+    except _UNDECODABLE as error:
         raise MalformedMessage(f"not a chunk of a masked vector: {error}") from error
 
 
@@ -67,7 +86,18 @@ class Assembly:
         ref: What is being assembled.
     """
 
-    def __init__(self, ref: BlobRef) -> None:
+    def __init__(self, ref: BlobRef, *, max_bytes: int = MAX_ASSEMBLY_BYTES) -> None:
+        """Allocate the buffer.
+
+        Args:
+            ref: What is to be assembled, from something signed.
+            max_bytes: The largest size the caller can afford.
+
+        Raises:
+            BadBlob: The blob is larger than `max_bytes`; nothing has been allocated.
+        """
+        if ref.size > max_bytes:
+            raise BadBlob(f"blob {ref.digest.hex()[:12]} of {ref.size} bytes is larger than the {max_bytes} allowed")
         self.ref = ref
         self._buffer = bytearray(ref.size)
         self._missing = set(range(ref.chunk_count))
@@ -125,22 +155,44 @@ def missing_in_bitmap(bitmap: bytes, chunk_count: int) -> list[int]:
 
 
 def fragments(envelope: bytes, *, chunk_bytes: int) -> list[bytes]:
-    """Return the payloads that carry `envelope`: itself if it fits into one message, else its fragments."""
+    """Return the payloads that carry `envelope`: itself if it fits into one message, else its fragments.
+
+    Args:
+        envelope: The signed bytes.
+        chunk_bytes: Largest payload of one message.
+
+    Raises:
+        LocalProtocolError: `chunk_bytes` is too small for a fragment.
+    """
     if len(envelope) <= chunk_bytes:
         return [envelope]
     step = chunk_bytes - _FRAGMENT_OVERHEAD
+    if step < MIN_FRAGMENT_BYTES:
+        raise LocalProtocolError(f"messages of {chunk_bytes} bytes are too small to carry fragments")
     digest = digest_of(envelope)
-    starts = range(0, len(envelope), step)
-    return [msgspec.msgpack.encode(_Fragment(digest, len(envelope), at, envelope[at : at + step])) for at in starts]
+    parts = (envelope[at : at + step] for at in range(0, len(envelope), step))
+    return [
+        msgspec.msgpack.encode(_Fragment(digest, len(envelope), step, index, part)) for index, part in enumerate(parts)
+    ]
 
 
 class Reassembler:
-    """Puts fragments of envelopes together, for one sender; remembers at most `open_limit` unfinished ones."""
+    """Puts fragments of one sender's envelopes together.
+
+    It holds at most `open_limit` unfinished envelopes, each at most `max_bytes` long and in at most
+    `max_bytes / MIN_FRAGMENT_BYTES` parts; only bytes that were really sent are kept. The one that was heard of longest
+    ago makes room for a new one: a sender can only crowd out itself.
+    """
 
     def __init__(self, *, max_bytes: int = MAX_MESSAGE_BYTES, open_limit: int = 2) -> None:
         self._max_bytes = max_bytes
         self._open_limit = open_limit
-        self._open: OrderedDict[bytes, dict[int, bytes]] = OrderedDict()
+        self._open: OrderedDict[tuple[bytes, int, int], dict[int, bytes]] = OrderedDict()
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of unfinished envelopes now in memory."""
+        return sum(len(content) for parts in self._open.values() for content in parts.values())
 
     def add(self, payload: bytes) -> bytes | None:
         """Return the envelope that `payload` completes (often `payload` itself), or None while parts are missing.
@@ -152,19 +204,23 @@ class Reassembler:
             return payload
         try:
             part = _FRAGMENT.decode(payload)
-        except (msgspec.ValidationError, msgspec.DecodeError) as error:
+        except _UNDECODABLE as error:
             raise MalformedMessage(f"not a fragment: {error}") from error
-        end = part.start + len(part.content)
-        if not 0 < part.size <= self._max_bytes or part.start < 0 or end > part.size or not part.content:
+        if part.size > self._max_bytes or not part.in_range:
             raise MalformedMessage("a fragment out of range")
-        parts = self._open.setdefault(part.digest, {})
-        parts[part.start] = part.content
-        if sum(map(len, parts.values())) < part.size:
+        return self._keep(part)
+
+    def _keep(self, part: _Fragment) -> bytes | None:
+        transfer = (part.digest, part.size, part.step)
+        parts = self._open.setdefault(transfer, {})
+        parts[part.index] = part.content
+        if len(parts) < -(-part.size // part.step):
+            self._open.move_to_end(transfer)
             while len(self._open) > self._open_limit:
                 self._open.popitem(last=False)
             return None
-        del self._open[part.digest]
-        whole = b"".join(parts[start] for start in sorted(parts))
-        if len(whole) != part.size or digest_of(whole) != part.digest:
+        del self._open[transfer]
+        whole = b"".join(parts[index] for index in range(len(parts)))
+        if digest_of(whole) != part.digest:
             raise MalformedMessage("fragments that do not make up the envelope they name")
         return whole

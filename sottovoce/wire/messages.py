@@ -176,7 +176,8 @@ class Unmasking(Message, frozen=True):
     """For each neighbour one share: of the self seed if it survived, of the mask key if it dropped out.
 
     Attributes:
-        self_seed_shares: (neighbour position, 36 bytes) for every surviving neighbour.
+        self_seed_shares: (position, 36 bytes) for every survivor whose share this device holds, in the complete graph
+            also its own.
         mask_key_shares: (neighbour position, 36 bytes) for every neighbour that shared keys and dropped out.
     """
 
@@ -220,6 +221,7 @@ class SecAggParameters(Document, frozen=True):
         corrupt_share_bp: gamma, assumed share of corrupt clients, in basis points.
         dropout_share_bp: delta, assumed share of dropouts, in basis points.
         vector_bytes: Length of the masked vector.
+        wide_bytes: Bytes at the end of the vector that are uint64 words; all before them are uint32 words.
     """
 
     mode: Mode
@@ -229,6 +231,7 @@ class SecAggParameters(Document, frozen=True):
     corrupt_share_bp: int
     dropout_share_bp: int
     vector_bytes: int
+    wide_bytes: int
 
 
 class AdvertiseKeysRequest(Message, frozen=True):

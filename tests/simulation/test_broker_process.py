@@ -61,7 +61,7 @@ def publish_retained(broker: BrokerProcess, payload: bytes) -> None:
 def read_retained(broker: BrokerProcess) -> bytes:
     heard: queue.Queue[bytes] = queue.Queue()
     reader = mqtt.Client(CallbackAPIVersion.VERSION2)
-    reader.on_message = lambda _client, _userdata, message: heard.put(message.payload)
+    reader.on_message = lambda _client, _userdata, message: heard.put(bytes(message.payload))
     reader.connect(HOST, broker.port)
     reader.subscribe("sv1/fleet/all/#", qos=1)
     reader.loop_start()
@@ -92,13 +92,19 @@ def test_leaving_frees_process_port_and_folder() -> None:
         socket.create_connection((HOST, port), timeout=TIMEOUT_S)
 
 
-def test_leaving_by_an_error_or_while_paused_frees_everything_too() -> None:
-    with pytest.raises(KeyboardInterrupt), BrokerProcess() as broker:
-        pid, folder = broker.pid, broker.folder
+def interrupt_while_paused(broker: BrokerProcess, pids: list[int]) -> None:
+    with broker:
+        pids.append(broker.pid)
         broker.pause()
         raise KeyboardInterrupt
-    assert not exists(pid)
-    assert not folder.exists()
+
+
+def test_an_interrupt_while_the_broker_is_paused_frees_everything_too() -> None:
+    broker, pids = BrokerProcess(), list[int]()
+    with pytest.raises(KeyboardInterrupt):
+        interrupt_while_paused(broker, pids)
+    assert not exists(pids[0])
+    assert not broker.folder.exists()
 
 
 def test_a_killed_parent_leaves_nothing_behind() -> None:
@@ -151,6 +157,12 @@ def test_a_stopped_broker_cannot_be_paused(broker: BrokerProcess) -> None:
         broker.pause()
 
 
+def test_a_paused_broker_can_be_stopped_and_restarted(broker: BrokerProcess) -> None:
+    broker.pause()
+    broker.restart()
+    socket.create_connection((HOST, broker.port), timeout=TIMEOUT_S).close()
+
+
 def test_a_wrong_setting_fails_at_once_with_the_broker_own_words() -> None:
     broker = BrokerProcess(settings={"max_queued_bananas": "3"})
     with pytest.raises(TransportError, match="max_queued_bananas"), broker:
@@ -171,6 +183,11 @@ def test_an_oversized_packet_is_refused_by_the_file_of_the_repository(broker: Br
         assert gone.get(timeout=TIMEOUT_S)
     finally:
         sender.loop_stop()
+
+
+def test_it_says_what_it_is(broker: BrokerProcess) -> None:
+    name, version = broker.description.split(" ")
+    assert (name, version[0], broker.protocol) == ("mosquitto", "2", "5")
 
 
 def test_rendering_replaces_directives_in_place_and_appends_new_ones() -> None:

@@ -1,0 +1,240 @@
+"""The device's settings: agent.toml becomes one frozen document, or a ConfigError with the path of the key."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, TypeVar
+
+import msgspec
+
+from edge_agent.policy import Policy
+from sottovoce.errors import ConfigError
+from sottovoce.identity import NAME
+
+RuntimeName: TypeAlias = Literal["auto", "litert", "tflite"]
+TLS_PORT = 8883
+PLAIN_PORT = 1883
+_LOOPBACK = re.compile(r"localhost|127(\.\d{1,3}){3}|::1")
+_PLACE = re.compile(r"(?P<text>.*?)(?: - at `\$\.?(?P<path>[^`]*)`)?", re.DOTALL)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BrokerConfig:
+    """Where the fleet's broker is.
+
+    Attributes:
+        host: Host name or address.
+        port: TCP port; 0 means 8883 with TLS and 1883 without.
+        protocol: MQTT version.
+        tls: Mutual TLS under the fleet's CA. Without it only a broker on this very machine is accepted.
+        ca_file: CA of the broker's certificate, relative to the device's folder.
+        certificate_file: This device's certificate, likewise.
+        key_file: Its private key, likewise.
+        keepalive_s: Seconds of silence after which the link is tested.
+    """
+
+    host: str
+    port: int = 0
+    protocol: Literal["5", "3.1.1"] = "5"
+    tls: bool = True
+    ca_file: str = "fleet-ca.pem"
+    certificate_file: str = "certificate.pem"
+    key_file: str = "key.pem"
+    keepalive_s: int = 60
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError, with the key's path, where a setting or a pair of settings is impossible."""
+        if not self.host.strip():
+            raise ConfigError("broker.host is empty; write the broker's host name or address")
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"broker.port is {self.port}; it must be 1 to 65535, or 0 for the usual one")
+        if not 1 <= self.keepalive_s <= 65535:
+            raise ConfigError(f"broker.keepalive_s is {self.keepalive_s}; it must be 1 to 65535")
+        if not self.tls and not _LOOPBACK.fullmatch(self.host):
+            raise ConfigError(
+                f"broker.tls is false and broker.host is {self.host!r}: without TLS anybody on the way can cut this "
+                "device off, so it is allowed on this machine only (127.0.0.1); set broker.tls = true"
+            )
+        if not self.tls and (self.ca_file, self.certificate_file, self.key_file) != _TLS_FILES:
+            raise ConfigError("broker.tls is false, but a TLS file is set; remove one of the two")
+
+    @property
+    def actual_port(self) -> int:
+        """The port to connect to."""
+        return self.port or (TLS_PORT if self.tls else PLAIN_PORT)
+
+
+_TLS_FILES = ("fleet-ca.pem", "certificate.pem", "key.pem")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Retention:
+    """How long the examples of one collection are kept.
+
+    Attributes:
+        max_age_s: Older examples are forgotten, seconds; 0 keeps every age.
+        max_count: Only the newest so many are kept; 0 keeps all.
+    """
+
+    max_age_s: float = 0.0
+    max_count: int = 0
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError where a number is below 0."""
+        if not (0 <= self.max_age_s < float("inf") and self.max_count >= 0):
+            raise ConfigError("retention: max_age_s and max_count must be 0 (no limit) or more")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgentConfig:
+    """Everything that agent.toml says.
+
+    Attributes:
+        device: This device's id.
+        fleet: The fleet it belongs to.
+        broker: Where to find it.
+        runtime: Which TFLite runtime runs the programs.
+        policy: What the owner allows.
+        retention: Collection -> how long its examples are kept; a collection that is not named is kept whole.
+    """
+
+    device: str
+    fleet: str
+    broker: BrokerConfig
+    runtime: RuntimeName = "auto"
+    policy: Policy = field(default_factory=Policy)
+    retention: Mapping[str, Retention] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError where a name is impossible."""
+        for key, text in (("device", self.device), ("fleet", self.fleet)):
+            if not NAME.fullmatch(text):
+                raise ConfigError(f"{key} is {text!r}; it must be 1 to 64 characters of A-Z a-z 0-9 _ -")
+
+
+def parse_config(text: str, *, path: Path) -> AgentConfig:
+    """Return what the settings in `text` say.
+
+    Args:
+        text: TOML.
+        path: Where the text comes from, for messages.
+
+    Raises:
+        ConfigError: Not TOML; an unknown key, a wrong type, an impossible value or pair; with the key's path.
+    """
+    try:
+        tables = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not TOML: {error}") from error
+    try:
+        if unknown := _unknown_key(AgentConfig, tables):
+            raise ConfigError(unknown)
+        return _convert(tables, AgentConfig)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def default_config(*, device: str, fleet: str, broker: BrokerConfig) -> str:
+    """Return a commented agent.toml in which everything but the four given things has its default."""
+    return _TEMPLATE.format(
+        device=device,
+        fleet=fleet,
+        host=broker.host,
+        port=broker.actual_port,
+        tls="true" if broker.tls else "false",
+        protocol=broker.protocol,
+    )
+
+
+def _convert(tables: dict[str, Any], kind: type[T]) -> T:
+    try:
+        return msgspec.convert(tables, type=kind)
+    except msgspec.ValidationError as error:
+        match = _PLACE.fullmatch(str(error))
+        text, where = (match["text"], match["path"]) if match else (str(error), None)
+        raise ConfigError(f"{where}: {text}" if where else text) from error
+
+
+def _unknown_key(kind: type, table: Mapping[str, object], prefix: str = "") -> str:
+    """Return what is wrong with the first key of `table` that the dataclass `kind` does not have, or nothing."""
+    fields = {f.name: _TABLES.get((kind, f.name)) for f in dataclasses.fields(kind)}
+    for key, value in table.items():
+        if key not in fields:
+            return f"{prefix}{key}: unknown key; known here are {', '.join(fields)}"
+        inner = fields[key]
+        if inner is None or not isinstance(value, dict):
+            continue
+        named = value if key == "retention" else {"": value}
+        for name, rows in named.items():
+            path = f"{prefix}{key}.{name}." if name else f"{prefix}{key}."
+            if isinstance(rows, dict) and (found := _unknown_key(inner, rows, path)):
+                return found
+    return ""
+
+
+_TABLES: dict[tuple[type, str], type] = {
+    (AgentConfig, "broker"): BrokerConfig,
+    (AgentConfig, "policy"): Policy,
+    (AgentConfig, "retention"): Retention,
+}
+
+_TEMPLATE = """\
+# Settings of this device. Every key is explained; what is commented out shows its default.
+
+# The device's id and fleet, as in its certificate.
+device = "{device}"
+fleet = "{fleet}"
+
+# Which TFLite runtime runs the programs: "auto" (the first one installed), "litert" or "tflite".
+# runtime = "auto"
+
+[broker]
+host = "{host}"
+port = {port}
+# MQTT version: "5" or "3.1.1".
+protocol = "{protocol}"
+# Mutual TLS under the fleet's CA. false is allowed only for a broker on this very machine (127.0.0.1).
+tls = {tls}
+# Files for TLS, relative to this folder.
+# ca_file = "fleet-ca.pem"
+# certificate_file = "certificate.pem"
+# key_file = "key.pem"
+# Seconds of silence after which the link is tested; must outlast one chunk on a slow link.
+# keepalive_s = 60
+
+# What you allow. A plan that asks for more is refused before anything of it runs.
+[policy]
+# true: take part in nothing.
+# paused = false
+# Collections of examples that plans may read: "all", or a list such as ["steps", "digits"].
+# collections = "all"
+# Plans that may run, by name: "all" or a list; and plans that never may.
+# plans = "all"
+# refused_plans = []
+# Fewest devices in a sum (at least 3), and fewest honest ones that must remain when the corrupt are taken away.
+# minimum_cohort = 10
+# minimum_honest_survivors = 5
+# The coordinator must assume at least this share of the fleet to be corrupt, in hundredths of a per cent (500 is 5 %).
+# minimum_corrupt_share_bp = 500
+# "active" withstands a coordinator that lies to devices; "curious" only one that listens.
+# modes = ["active"]
+# How often an update computed from one and the same state may leave this device.
+# max_releases_per_state = 2
+# A plan may count at most so many examples of this device; 0 is no limit.
+# max_weight = 0
+# Real-valued results must be clipped to at most this norm; 0 is no limit.
+# max_clip_norm = 0.0
+# Processor threads that a program may use.
+# threads = 1
+
+# How long examples are kept, by collection; a collection that is not named is kept whole.
+# [retention.steps]
+# max_age_s = 2592000   # 30 days; 0 keeps every age
+# max_count = 5000      # the newest so many; 0 keeps all
+"""

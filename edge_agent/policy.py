@@ -1,0 +1,168 @@
+"""What this device's owner allows; it refuses a plan before anything of it runs.
+
+The owner writes the policy into `[policy]` of agent.toml. A plan that asks for more is refused with the rule's name and
+the numbers on both sides; nothing is negotiated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, get_args
+
+from sottovoce.errors import ConfigError, PolicyRefusal
+from sottovoce.plan import Plan, Quantised
+from sottovoce.secagg.client import ClientTerms
+from sottovoce.wire.messages import Mode
+
+Allowed: TypeAlias = Literal["all"] | tuple[str, ...]
+COHORT_FLOOR = 3
+"""Below three devices a sum hides nobody; no setting goes lower."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """The owner's limits; every default is the careful one.
+
+    Attributes:
+        paused: Take part in nothing.
+        collections: Collections of examples that plans may read: names, or `all`.
+        plans: Plans that may run, by name: names, or `all`.
+        refused_plans: Plans that may not run; this wins over `plans`.
+        minimum_cohort: Fewest devices in a sum, at least 3.
+        minimum_honest_survivors: Fewest honest devices that must remain in a sum when the assumed corrupt ones are
+            taken away, at least 2.
+        minimum_corrupt_share_bp: The coordinator must assume at least this share of the fleet to be corrupt, in
+            hundredths of a per cent.
+        modes: Modes of secure aggregation; `active` withstands a coordinator that lies to devices.
+        max_releases_per_state: How often an update for one and the same state may leave, at least 1.
+        max_weight: A plan may count at most this many examples of this device; 0 is no limit.
+        max_clip_norm: Every real-valued aggregation must be clipped to at most this norm; 0 is no limit.
+        threads: Processor threads that a program may use, 1 to 64.
+    """
+
+    paused: bool = False
+    collections: Allowed = "all"
+    plans: Allowed = "all"
+    refused_plans: tuple[str, ...] = ()
+    minimum_cohort: int = 10
+    minimum_honest_survivors: int = 5
+    minimum_corrupt_share_bp: int = 500
+    modes: tuple[Mode, ...] = ("active",)
+    max_releases_per_state: int = 2
+    max_weight: int = 0
+    max_clip_norm: float = 0.0
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError, with the key's path, where a number is impossible."""
+        checks = (
+            ("minimum_cohort", self.minimum_cohort >= COHORT_FLOOR, f"must be at least {COHORT_FLOOR}"),
+            ("minimum_honest_survivors", self.minimum_honest_survivors >= 2, "must be at least 2"),
+            ("minimum_corrupt_share_bp", 0 <= self.minimum_corrupt_share_bp <= 9999, "must be 0 to 9999"),
+            ("modes", bool(self.modes), f"must name at least one of {', '.join(get_args(Mode))}"),
+            ("max_releases_per_state", self.max_releases_per_state >= 1, "must be at least 1"),
+            ("max_weight", self.max_weight >= 0, "must be 0 (no limit) or more"),
+            ("max_clip_norm", 0 <= self.max_clip_norm < float("inf"), "must be 0 (no limit) or more"),
+            ("threads", 1 <= self.threads <= 64, "must be 1 to 64"),
+        )
+        for key, holds, text in checks:
+            if not holds:
+                raise ConfigError(f"policy.{key} is {getattr(self, key)!r}; it {text}")
+
+
+def check_plan(policy: Policy, plan: Plan, now_s: float) -> None:
+    """Raise PolicyRefusal unless the owner allows `plan`; called before anything of it is fetched or runs.
+
+    Args:
+        policy: The owner's.
+        plan: As announced.
+        now_s: The latest time this device knows, Unix seconds.
+
+    Raises:
+        PolicyRefusal: With the first rule that is broken, as `rule`, and the numbers in the text.
+    """
+    for rule, broken in _RULES.items():
+        detail = broken(policy, plan, now_s)
+        if detail:
+            raise PolicyRefusal(rule, detail)
+
+
+def client_terms(policy: Policy) -> ClientTerms:
+    """Return what `policy` demands of a secure aggregation session."""
+    return ClientTerms(
+        minimum_cohort=policy.minimum_cohort,
+        minimum_honest_survivors=policy.minimum_honest_survivors,
+        modes=policy.modes,
+        minimum_corrupt_share_bp=policy.minimum_corrupt_share_bp,
+    )
+
+
+def _paused(policy: Policy, _plan: Plan, _now_s: float) -> str:
+    return "this device is paused; set policy.paused = false to take part again" if policy.paused else ""
+
+
+def _refused_plan(policy: Policy, plan: Plan, _now_s: float) -> str:
+    return f"plan {plan.name!r} stands in policy.refused_plans" if plan.name in policy.refused_plans else ""
+
+
+def _plan_not_allowed(policy: Policy, plan: Plan, _now_s: float) -> str:
+    return "" if _allows(policy.plans, plan.name) else f"plan {plan.name!r} is not among policy.plans"
+
+
+def _collection_not_allowed(policy: Policy, plan: Plan, _now_s: float) -> str:
+    allowed = _allows(policy.collections, plan.collection)
+    return "" if allowed else f"plan {plan.name!r} reads collection {plan.collection!r}, not among policy.collections"
+
+
+def _purpose_missing(_policy: Policy, plan: Plan, _now_s: float) -> str:
+    return "" if plan.privacy.purpose.strip() else f"plan {plan.name!r} does not say what it is for"
+
+
+def _expired(_policy: Policy, plan: Plan, now_s: float) -> str:
+    expires = plan.privacy.expires_unix_s
+    return f"plan {plan.name!r} expired {now_s - expires:.0f} s ago" if expires and now_s > expires else ""
+
+
+def _cohort_too_small(policy: Policy, plan: Plan, _now_s: float) -> str:
+    least, offered = max(policy.minimum_cohort, COHORT_FLOOR), plan.privacy.minimum_cohort
+    return f"sums of {offered} devices; this device asks for at least {least}" if offered < least else ""
+
+
+def _noise_requested(_policy: Policy, plan: Plan, _now_s: float) -> str:
+    noise = plan.privacy.noise_multiplier
+    return f"it promises noise ({noise:g}), which this release cannot add" if noise != 0 else ""
+
+
+def _weight_too_large(policy: Policy, plan: Plan, _now_s: float) -> str:
+    most, cap = policy.max_weight, plan.privacy.weight_cap
+    return f"it counts up to {cap} examples of a device; this one allows {most}" if most and cap > most else ""
+
+
+def _not_clipped(policy: Policy, plan: Plan, _now_s: float) -> str:
+    if not policy.max_clip_norm:
+        return ""
+    for aggregation in plan.aggregations:
+        clip = aggregation.clip_norm
+        if isinstance(aggregation.encoding, Quantised) and (clip is None or clip > policy.max_clip_norm):
+            asked = "is not clipped" if clip is None else f"is clipped to {clip:g}"
+            return f"aggregation {aggregation.name!r} {asked}; this device asks for {policy.max_clip_norm:g} or less"
+    return ""
+
+
+_RULES: dict[str, Callable[[Policy, Plan, float], str]] = {
+    "paused": _paused,
+    "refused_plans": _refused_plan,
+    "plans": _plan_not_allowed,
+    "collections": _collection_not_allowed,
+    "purpose": _purpose_missing,
+    "expired": _expired,
+    "minimum_cohort": _cohort_too_small,
+    "noise": _noise_requested,
+    "max_weight": _weight_too_large,
+    "max_clip_norm": _not_clipped,
+}
+
+
+def _allows(allowed: Allowed, name: str) -> bool:
+    return allowed == "all" or name in allowed

@@ -1,0 +1,559 @@
+"""The states of a device's part in one round, and the table of what may happen in each: pure functions, no I/O.
+
+    Idle            no round is known
+    CheckedIn       eligible and willing; waits for the selection
+    Fetching        selected; waits for the program and the state
+    Working         runs the program over its examples
+    Waiting         the result is on disk, encrypted; waits for the rendezvous
+    Opening         the rendezvous is open; the result is being read back
+    Advertised      waits for the roster
+    Sharing         waits for its neighbours' shares
+    Uploading       the update is spent; sends the masked vector
+    Uploaded        the vector has arrived; waits for the survivor set
+    AwaitingOutcome its part is done; waits to hear how the round ended
+    Watching        knows the round, has no part in it (any more)
+
+Every state holds only what it may know: the secrets of a session exist from Advertised to Uploaded, inside
+`ClientSession`, and leaving those states drops them.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias, TypeVar
+
+from edge_agent.effects import (
+    AdoptState,
+    AdvanceRound,
+    BlobFetched,
+    Contribution,
+    ContributionLoaded,
+    Effect,
+    Entry,
+    Event,
+    Fetch,
+    ForgetPending,
+    LoadContribution,
+    Log,
+    Remember,
+    Send,
+    SendChunk,
+    Settle,
+    Spend,
+    StartWork,
+    StopWork,
+    WorkFinished,
+)
+from edge_agent.policy import Policy, client_terms
+from sottovoce.errors import LocalProtocolError, MalformedMessage
+from sottovoce.identity import NAME, Identity, SignedContext, TrustAnchor, latest_time
+from sottovoce.plan import BlobRef, Plan
+from sottovoce.secagg.client import ClientSession
+from sottovoce.secagg.lanes import encode, layout_of
+from sottovoce.wire.chunks import missing_in_bitmap
+from sottovoce.wire.messages import (
+    AdvertiseKeys,
+    AdvertiseKeysRequest,
+    Announcement,
+    DeviceMessage,
+    MaskedInput,
+    MaskedInputRequest,
+    Message,
+    NotSelected,
+    Outcome,
+    Ready,
+    Roster,
+    RoundOver,
+    SecAggParameters,
+    Selected,
+    ShareKeys,
+    SurvivorsRequest,
+    SurvivorsSignature,
+    Unmasking,
+    UnmaskingRequest,
+    UploadSlot,
+)
+
+M = TypeVar("M", bound=Message)
+CHUNKS_IN_FLIGHT = 2
+PRESENT_WITHIN_MS = 60_000
+"""A device that is not resident waits for a rendezvous that is at most this far away."""
+_PENDING_KEPT_MS = 24 * 3600 * 1000
+_LEAF_BYTES = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """Who takes part, and on which terms.
+
+    Attributes:
+        identity: The device's key and certificate.
+        anchor: The pinned fleet CA.
+        policy: What the owner allows.
+        entropy: The system's entropy: number of bytes -> bytes.
+        fast_aes: True if this machine has AES instructions.
+        resident: True if the device stays connected until the round is over.
+        chunk_bytes: Largest chunk of a masked vector that the transport carries.
+    """
+
+    identity: Identity = field(repr=False)
+    anchor: TrustAnchor = field(repr=False)
+    policy: Policy
+    entropy: Callable[[int], bytes] = field(repr=False)
+    fast_aes: bool = False
+    resident: bool = True
+    chunk_bytes: int = 256 * 1024
+
+    @property
+    def name(self) -> str:
+        """The device id."""
+        return self.identity.certificate.name
+
+    @property
+    def fleet(self) -> str:
+        """The fleet."""
+        return self.identity.certificate.fleet
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """Now, on two clocks.
+
+    Attributes:
+        local_ms: A clock of this process that never goes back; timers use it.
+        coordinator_ms: The best guess of the coordinator's time; appointments use it.
+    """
+
+    local_ms: int
+    coordinator_ms: int
+
+    @property
+    def at(self) -> datetime.datetime:
+        """The time to judge certificates by."""
+        return latest_time(self.coordinator_ms / 1000)
+
+
+@dataclass(frozen=True, slots=True)
+class OpenRound:
+    """A round in which this device has a part.
+
+    Attributes:
+        entry: What would be needed to find back to it.
+        announcement: As signed by the coordinator.
+        plan: What is asked.
+        give_up_ms: Local time at which a silent round is given up.
+    """
+
+    entry: Entry
+    announcement: Announcement
+    plan: Plan
+    give_up_ms: int
+
+    @property
+    def state(self) -> bytes:
+        """Digest of the state that this round starts from."""
+        return self.announcement.state.digest
+
+    def send(self, message: DeviceMessage, session: bytes = bytes(32)) -> Send:
+        """Return the effect that sends `message` to this round's coordinator."""
+        return send(self.entry, message, session)
+
+
+def send(entry: Entry, message: DeviceMessage, session: bytes = bytes(32)) -> Send:
+    """Return the effect that sends `message` to the coordinator of the round in `entry`."""
+    return Send(message, entry.coordinator, entry.round, entry.attempt, session, entry.route)
+
+
+@dataclass(frozen=True, slots=True)
+class Idle:
+    """No round is known."""
+
+
+@dataclass(frozen=True, slots=True)
+class Watching:
+    """A round is known; this device has no part in it (any more). `reason` says why, for people."""
+
+    entry: Entry
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedIn:
+    """Checked in, not yet selected."""
+
+    round: OpenRound
+
+
+@dataclass(frozen=True, slots=True)
+class Fetching:
+    """Selected; these blobs are still missing."""
+
+    round: OpenRound
+    missing: frozenset[bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class Working:
+    """The program runs."""
+
+    round: OpenRound
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """Ready for the rendezvous."""
+
+    round: OpenRound
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """The rendezvous is open with these parameters; the result is being read back."""
+
+    round: OpenRound
+    parameters: SecAggParameters
+
+
+@dataclass(frozen=True, slots=True)
+class Advertised:
+    """Fresh keys are advertised."""
+
+    round: OpenRound
+    session: ClientSession = field(repr=False)
+    weight: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sharing:
+    """Shares of both secrets are out, to a cohort of this size."""
+
+    round: OpenRound
+    session: ClientSession = field(repr=False)
+    weight: int
+    cohort: int
+
+
+@dataclass(frozen=True, slots=True)
+class Uploading:
+    """Masked; these chunks are on their way."""
+
+    round: OpenRound
+    session: ClientSession = field(repr=False)
+    vector: BlobRef
+    in_flight: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Uploaded:
+    """The coordinator has the whole masked vector."""
+
+    round: OpenRound
+    session: ClientSession = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class AwaitingOutcome:
+    """This device's part is done, or was cut off after masking; only the outcome is missing."""
+
+    entry: Entry
+    give_up_ms: int | None = None
+
+
+State: TypeAlias = (
+    Idle
+    | Watching
+    | CheckedIn
+    | Fetching
+    | Working
+    | Waiting
+    | Opening
+    | Advertised
+    | Sharing
+    | Uploading
+    | Uploaded
+    | AwaitingOutcome
+)
+TakingPart: TypeAlias = CheckedIn | Fetching | Working | Waiting | Opening | Advertised | Sharing | Uploading | Uploaded
+TAKING_PART: tuple[type[TakingPart], ...] = (
+    CheckedIn, Fetching, Working, Waiting, Opening, Advertised, Sharing, Uploading, Uploaded,
+)  # fmt: skip
+"""In these states an error ends the part in the round; in the others there is nothing to drop."""
+IN_SESSION = (Advertised, Sharing, Uploading, Uploaded)
+"""The states that hold the secrets of a session."""
+
+Step: TypeAlias = tuple[State, tuple[Effect, ...]]
+StepFunction: TypeAlias = Callable[[Device, Any, Any, Moment], Step]
+
+
+def entry_of(state: State) -> Entry | None:
+    """Return the entry of the round that `state` belongs to, None for Idle."""
+    match state:
+        case Idle():
+            return None
+        case Watching(entry=entry) | AwaitingOutcome(entry=entry):
+            return entry
+        case _:
+            return state.round.entry
+
+
+def session_id_of(state: State) -> bytes:
+    """Return the id of the session that `state` is in, zeros before the roster and outside sessions."""
+    return state.session.session_id if isinstance(state, IN_SESSION) else bytes(32)
+
+
+def present(device: Device, announcement: Announcement, now: Moment) -> bool:
+    """Say whether the device stays connected until the rendezvous."""
+    return device.resident or announcement.rendezvous_ms - now.coordinator_ms <= PRESENT_WITHIN_MS
+
+
+def leave(state: State, reason: str) -> Step:
+    """Return the state outside the round, dropping every secret, and what has to be tidied up.
+
+    A device that has spent its update goes on waiting for the outcome: it may be in the sum.
+
+    Args:
+        state: Any state.
+        reason: Why, for people.
+    """
+    entry = entry_of(state)
+    if entry is None:
+        return state, ()
+    if isinstance(state, AwaitingOutcome):
+        return Watching(entry, reason), (Settle(entry.session, "unknown"), Remember(None))
+    if isinstance(state, Uploading | Uploaded):
+        return AwaitingOutcome(entry, state.round.give_up_ms), ()
+    stop = (StopWork(),) if isinstance(state, Working) else ()
+    forget = () if isinstance(state, Watching) else (Remember(None),)
+    return Watching(entry, reason), (*stop, *forget)
+
+
+def begin_fetching(round_: OpenRound) -> Step:
+    """Return the step that asks for the program and the state."""
+    refs = {ref.digest: ref for ref in (round_.plan.program, round_.announcement.state)}
+    return Fetching(round_, frozenset(refs)), tuple(Fetch(ref) for ref in refs.values())
+
+
+# --- training window --------------------------------------------------------------------------------------------------
+
+
+def _selected(device: Device, state: CheckedIn, message: Selected, now: Moment) -> Step:
+    if not NAME.fullmatch(message.route):
+        raise MalformedMessage("a route that cannot be a topic level")
+    entry = _with(state.round.entry, route=message.route)
+    next_state, effects = begin_fetching(replace(state.round, entry=entry))
+    return next_state, (Log(f"selected for {_title(entry)}"), Remember(entry), *effects)
+
+
+def _not_selected(device: Device, state: CheckedIn, message: NotSelected, now: Moment) -> Step:
+    wait_s = max(0, message.retry_ms - now.coordinator_ms) // 1000
+    reason = f"not selected; the next check-in is in about {wait_s} s"
+    return Watching(state.round.entry, reason), (Log(f"{_title(state.round.entry)}: {reason}"),)
+
+
+def _blob_fetched(device: Device, state: Fetching, event: BlobFetched, now: Moment) -> Step:
+    missing = state.missing - {event.digest}
+    if missing:
+        return replace(state, missing=missing), ()
+    round_ = state.round
+    expires_ms = round_.announcement.rendezvous_closes_ms + _PENDING_KEPT_MS
+    return Working(round_), (
+        AdoptState(round_.plan.program.digest, round_.announcement.state, round_.entry.round),
+        StartWork(round_.plan, round_.state, expires_ms),
+    )
+
+
+def _work_finished(device: Device, state: Working, event: WorkFinished, now: Moment) -> Step:
+    ready = Ready(present=present(device, state.round.announcement, now))
+    return Waiting(state.round), (
+        Log(f"{_title(state.round.entry)}: the work is done, ready for the rendezvous"),
+        state.round.send(ready),
+    )
+
+
+# --- rendezvous -------------------------------------------------------------------------------------------------------
+
+
+def _open(device: Device, state: Waiting, message: AdvertiseKeysRequest, now: Moment) -> Step:
+    return Opening(state.round, message.parameters), (LoadContribution(state.round.plan.digest, state.round.state),)
+
+
+def _advertise(device: Device, state: Opening, event: ContributionLoaded, now: Moment) -> Step:
+    round_, contribution = state.round, event.contribution
+    session = ClientSession(
+        identity=device.identity,
+        anchor=device.anchor,
+        at=now.at,
+        context=_context(device, round_.entry),
+        plan=round_.plan.digest,
+        state=round_.state,
+        parameters=state.parameters,
+        terms=client_terms(device.policy),
+        vector=_quantised(device, round_.plan, state.parameters, contribution),
+        entropy=device.entropy,
+        chunk_bytes=device.chunk_bytes,
+    )
+    reply: AdvertiseKeys = session.advertise()
+    return Advertised(round_, session, contribution.weight), (
+        Log(f"{_title(round_.entry)}: in the rendezvous"),
+        round_.send(reply),
+    )
+
+
+def _share(device: Device, state: Advertised, message: Roster, now: Moment) -> Step:
+    reply = _expect(state.session.receive(message), ShareKeys)
+    cohort = len(message.leaves) // _LEAF_BYTES
+    return Sharing(state.round, state.session, state.weight, cohort), (
+        state.round.send(reply, state.session.session_id),
+    )
+
+
+def _mask(device: Device, state: Sharing, message: MaskedInputRequest, now: Moment) -> Step:
+    session, round_ = state.session, state.round
+    reply = _expect(session.receive(message), MaskedInput)
+    entry = _with(round_.entry, session=session.session_id)
+    spent = replace(round_, entry=entry)
+    # The order is the guarantee: the plain result is gone and the ledger has its row before a masked byte can leave.
+    return Uploading(spent, session, reply.vector), (
+        ForgetPending(round_.plan.digest, round_.state),
+        Spend(
+            round_.plan, round_.state, entry.round, entry.attempt, session.session_id, state.cohort, state.weight
+        ),
+        AdvanceRound(entry.plan_name, entry.round, entry.attempt),
+        Remember(entry),
+        spent.send(reply, session.session_id),
+    )  # fmt: skip
+
+
+def _upload(device: Device, state: Uploading, message: UploadSlot, now: Moment) -> Step:
+    if message.complete:
+        return Uploaded(state.round, state.session), ()
+    missing = missing_in_bitmap(message.received, state.vector.chunk_count)
+    in_flight = state.in_flight & frozenset(missing)
+    fresh = [index for index in missing if index not in in_flight][: CHUNKS_IN_FLIGHT - len(in_flight)]
+    masked = state.session.masked_vector
+    if masked is None:
+        raise LocalProtocolError("the masked vector is gone although it has not arrived")
+    vector = memoryview(masked)
+    route, session = state.round.entry.route, state.session.session_id
+    chunks = [SendChunk(route, session, i, bytes(vector[state.vector.chunk_slice(i)])) for i in fresh]
+    return replace(state, in_flight=in_flight.union(fresh)), tuple(chunks)
+
+
+def _stay(device: Device, state: State, message: Message, now: Moment) -> Step:
+    return state, ()
+
+
+def _sign_survivors(device: Device, state: Uploading | Uploaded, message: SurvivorsRequest, now: Moment) -> Step:
+    reply = _expect(state.session.receive(message), SurvivorsSignature)
+    return Uploaded(state.round, state.session), (state.round.send(reply, state.session.session_id),)
+
+
+def _reveal_shares(device: Device, state: Uploading | Uploaded, message: UnmaskingRequest, now: Moment) -> Step:
+    reply = _expect(state.session.receive(message), Unmasking)
+    return AwaitingOutcome(state.round.entry, state.round.give_up_ms), (
+        state.round.send(reply, state.session.session_id),
+    )
+
+
+# --- the end ----------------------------------------------------------------------------------------------------------
+
+
+def _outcome(device: Device, state: State, message: Outcome, now: Moment) -> Step:
+    entry = entry_of(state)
+    if entry is None or message.announcement != entry.announcement:
+        return state, ()
+    mine = device.name in message.survivors
+    result = "committed" if message.committed else f"abandoned ({message.reason})"
+    effects: list[Effect] = [Log(f"{_title(entry)} is {result}" + (", with this device's update" if mine else ""))]
+    if isinstance(state, Working):
+        effects.append(StopWork())
+    if entry.session:
+        effects.append(Settle(entry.session, "committed" if message.committed and mine else "abandoned"))
+    if message.committed and isinstance(state, TAKING_PART):
+        # A result computed from a superseded state is of no use to a later round.
+        effects.append(ForgetPending(state.round.plan.digest, state.round.state))
+    if entry.plan_name:
+        effects.append(AdvanceRound(entry.plan_name, entry.round, entry.attempt))
+    effects.append(Remember(None))
+    if message.committed and entry.program:
+        effects.append(AdoptState(entry.program, message.state, entry.round + 1))
+    return Watching(entry, result), tuple(effects)
+
+
+def _round_over(device: Device, state: State, message: RoundOver, now: Moment) -> Step:
+    next_state, effects = leave(state, f"the coordinator says it is over ({message.reason})")
+    entry = entry_of(state)
+    return next_state, (*effects, Log(f"{_title(entry)} is over for this device ({message.reason})"))
+
+
+_ENDINGS: Mapping[tuple[type[State], type[Message | Event]], StepFunction] = {
+    **{(state, RoundOver): _round_over for state in TAKING_PART},
+    **{(state, Outcome): _outcome for state in (*TAKING_PART, Watching, AwaitingOutcome, Idle)},
+    # A selection that is repeated with a fresh time changes nothing: the route stands.
+    **{(state, Selected): _stay for state in (Fetching, Working, Waiting)},
+    # A coordinator that answers what crossed its own last word on the way.
+    (AwaitingOutcome, RoundOver): _stay,
+    (AwaitingOutcome, UploadSlot): _stay,
+    (Watching, RoundOver): _stay,
+}
+
+STEPS: Mapping[tuple[type[State], type[Message | Event]], StepFunction] = {
+    (CheckedIn, Selected): _selected,
+    (CheckedIn, NotSelected): _not_selected,
+    (Fetching, BlobFetched): _blob_fetched,
+    (Working, WorkFinished): _work_finished,
+    (Waiting, AdvertiseKeysRequest): _open,
+    (Opening, ContributionLoaded): _advertise,
+    (Advertised, Roster): _share,
+    (Sharing, MaskedInputRequest): _mask,
+    (Uploading, UploadSlot): _upload,
+    (Uploading, SurvivorsRequest): _sign_survivors,
+    (Uploading, UnmaskingRequest): _reveal_shares,
+    (Uploaded, UploadSlot): _stay,
+    (Uploaded, SurvivorsRequest): _sign_survivors,
+    (Uploaded, UnmaskingRequest): _reveal_shares,
+    **_ENDINGS,
+}
+"""The whole of what may happen. Announcements are not in it: they open the next round beside the current one."""
+
+
+# --- small things -----------------------------------------------------------------------------------------------------
+
+
+def _with(entry: Entry, *, route: str | None = None, session: bytes | None = None) -> Entry:
+    return Entry(
+        announcement=entry.announcement,
+        coordinator=entry.coordinator,
+        plan_name=entry.plan_name,
+        program=entry.program,
+        round=entry.round,
+        attempt=entry.attempt,
+        route=entry.route if route is None else route,
+        session=entry.session if session is None else session,
+    )
+
+
+def _title(entry: Entry | None) -> str:
+    if entry is None:
+        return "no round"
+    again = f" (attempt {entry.attempt})" if entry.attempt else ""
+    return f"round {entry.round}{again} of {entry.plan_name}"
+
+
+def _context(device: Device, entry: Entry) -> SignedContext:
+    return SignedContext(device.name, entry.coordinator, device.fleet, entry.round, entry.attempt)
+
+
+def _quantised(device: Device, plan: Plan, parameters: SecAggParameters, contribution: Contribution) -> bytearray:
+    layout = layout_of(plan, maximum_clients=parameters.maximum_clients)
+    layout.require(parameters)
+    values = {a.name: contribution.values[a.name] for a in plan.aggregations if a.name in contribution.values}
+    return encode(layout, values, weight=contribution.weight, entropy=device.entropy)
+
+
+def _expect(reply: object, kind: type[M]) -> M:
+    if not isinstance(reply, kind):
+        raise LocalProtocolError(f"the session answered {type(reply).__name__} instead of {kind.__name__}")
+    return reply

@@ -1,0 +1,234 @@
+"""Runs the program of a plan one batch at a time, so that the agent's loop stays awake; each leaves a checkpoint.
+
+The TFLite runtime is imported when there is work for the first time, and the last program stays open. What is kept on
+disk is sealed (`edge_agent.pending`): after a kill the work goes on with the batch that was cut off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from edge_agent.effects import Contribution
+from edge_agent.pending import PendingStore, decode_contribution, encode_contribution
+from edge_agent.work import Work, WorkState, prepare
+from sottovoce.bundle import Bundle, decode_bundle
+from sottovoce.errors import BadBundle, MalformedMessage, ProgramError
+from sottovoce.plan import Plan
+from sottovoce.runtime import Program, RuntimeName, open_program, run_self_test
+from sottovoce.tensors import decode_tensors
+from sottovoce.types import Array
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assignment:
+    """What is to be done.
+
+    Attributes:
+        plan: The plan.
+        state: Digest of the state blob.
+        expires_ms: When the result loses its use.
+        now_ms: The time by which kept files are judged.
+    """
+
+    plan: Plan
+    state: bytes
+    expires_ms: int
+    now_ms: int
+
+    @property
+    def key(self) -> bytes:
+        """What checkpoint and result are kept under."""
+        return pending_key(self.plan.digest, self.state)
+
+
+@dataclass(slots=True)
+class _Running:
+    assignment: Assignment
+    work: Work
+    state: WorkState
+
+
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    digest: bytes
+    bundle: Bundle
+    program: Program
+
+
+class Workbench:
+    """At most one piece of work at a time.
+
+    Attributes:
+        batches: Batches run since the work was started or taken up.
+    """
+
+    def __init__(
+        self,
+        pending: PendingStore,
+        *,
+        runtime: RuntimeName,
+        threads: int,
+        entropy: Callable[[int], bytes],
+        log: Callable[[str], None],
+    ) -> None:
+        """Make an empty bench.
+
+        Args:
+            pending: Where checkpoints and results are kept.
+            runtime: Which TFLite runtime.
+            threads: Processor threads of one invocation.
+            entropy: The system's entropy; every new piece of work draws a fresh seed from it.
+            log: Told, in words, what happens.
+        """
+        self._pending = pending
+        self._runtime: RuntimeName = runtime
+        self._threads = threads
+        self._entropy = entropy
+        self._log = log
+        self._opened: _Opened | None = None
+        self._running: _Running | None = None
+        self.batches = 0
+
+    @property
+    def busy(self) -> bool:
+        """True while there is a batch to run."""
+        return self._running is not None
+
+    def start(
+        self,
+        assignment: Assignment,
+        *,
+        read_blob: Callable[[bytes], bytes],
+        read_examples: Callable[[str], Mapping[str, Array]],
+    ) -> bool:
+        """Begin, or take up, the assigned work; return True if its result is on disk already.
+
+        Args:
+            assignment: What to do.
+            read_blob: Digest -> the verified blob.
+            read_examples: Collection -> its columns.
+
+        Raises:
+            ProgramError: The program, its self-test or the examples do not fit; nothing was run.
+            MalformedMessage: The state is not one.
+        """
+        self.stop()
+        if self._pending.load("result", assignment.key, now_ms=assignment.now_ms) is not None:
+            self._log("the result of an earlier run is still unspent: it is used again")
+            return True
+        plan = assignment.plan
+        opened = self._open(plan.program.digest, read_blob)
+        _check_aggregations(plan, opened.bundle)
+        work = prepare(
+            opened.program,
+            opened.bundle,
+            plan.work,
+            broadcast=decode_tensors(read_blob(assignment.state)),
+            examples=read_examples(plan.collection),
+        )
+        self._running = _Running(assignment, work, self._first_state(assignment, work))
+        self.batches = 0
+        return False
+
+    def run_batch(self) -> bool:
+        """Run one batch and keep the checkpoint, or the result after the last one; return True if that is done.
+
+        Raises:
+            ProgramError: The runtime failed or the training diverged; the work is dropped.
+            ConfigError: The disk cannot be written.
+        """
+        running = self._running
+        if running is None:
+            return False
+        try:
+            running.state = running.work.advance(running.state)
+            self.batches += 1
+            if running.work.is_done(running.state):
+                self._keep_result(running)
+                self.stop()
+                return True
+        except ProgramError:
+            self._pending.erase("checkpoint", running.assignment.key)
+            self.stop()
+            raise
+        self._save(running, "checkpoint", running.work.checkpoint(running.state))
+        return False
+
+    def stop(self) -> None:
+        """Leave the work where it is; its last checkpoint stays."""
+        self._running = None
+
+    def load(self, plan: bytes, state: bytes, *, now_ms: int) -> Contribution:
+        """Return the finished result.
+
+        Raises:
+            ProgramError: There is none, or it is damaged: the work has to be done again.
+        """
+        content = self._pending.load("result", pending_key(plan, state), now_ms=now_ms)
+        try:
+            if content is not None:
+                return decode_contribution(content)
+        except MalformedMessage as error:
+            self._pending.erase("result", pending_key(plan, state))
+            raise ProgramError(f"the pending result is damaged: {error}") from error
+        raise ProgramError("the pending result is gone: the work has to be done again")
+
+    def forget(self, plan: bytes, state: bytes) -> None:
+        """Erase checkpoint and result, durably."""
+        for kind in ("checkpoint", "result"):
+            self._pending.erase(kind, pending_key(plan, state))
+
+    def _open(self, digest: bytes, read_blob: Callable[[bytes], bytes]) -> _Opened:
+        if self._opened is None or self._opened.digest != digest:
+            self._opened = None
+            bundle = decode_bundle(read_blob(digest))
+            program = open_program(bundle, runtime=self._runtime, threads=self._threads)
+            run_self_test(bundle, program)
+            self._log(f"program {bundle.name!r} passed its self-test on this device")
+            self._opened = _Opened(digest, bundle, program)
+        return self._opened
+
+    def _first_state(self, assignment: Assignment, work: Work) -> WorkState:
+        kept = self._pending.load("checkpoint", assignment.key, now_ms=assignment.now_ms)
+        if kept is not None:
+            try:
+                state = work.resume(kept)
+                self._log(f"resumed in epoch {state.epoch + 1} after {state.position} of {work.weight} examples")
+                return state
+            except ProgramError as error:
+                self._log(str(error))
+        return work.start(self._entropy)
+
+    def _keep_result(self, running: _Running) -> None:
+        result = running.work.result(running.state)
+        contribution = Contribution(values=dict(result.values), weight=result.weight)
+        self._save(running, "result", encode_contribution(contribution))
+        self._pending.erase("checkpoint", running.assignment.key)
+        self._log(f"ran {self.batches} batches over {result.weight} examples")
+
+    def _save(self, running: _Running, kind: str, content: bytes) -> None:
+        assignment = running.assignment
+        self._pending.save(
+            "result" if kind == "result" else "checkpoint",
+            assignment.key,
+            content,
+            expires_ms=assignment.expires_ms,
+        )
+
+
+def pending_key(plan: bytes, state: bytes) -> bytes:
+    """Return what the work on this plan and state is kept under."""
+    return plan + state
+
+
+def _check_aggregations(plan: Plan, bundle: Bundle) -> None:
+    """Refuse early what could not be summed: an aggregation that the program does not compute."""
+    computed = {result.name: tuple(port.type for port in result.ports) for result in bundle.results}
+    computed.update({port.name: (port.type,) for port in bundle.metrics})
+    for aggregation in plan.aggregations:
+        if computed.get(aggregation.name) != aggregation.tensors:
+            raise BadBundle(
+                f"plan {plan.name!r} sums {aggregation.name!r} of {', '.join(aggregation.tensors)}; program "
+                f"{bundle.name!r} computes {', '.join(computed.get(aggregation.name, ('no such thing',)))}"
+            )

@@ -1,0 +1,99 @@
+"""The demo's data, divided among devices: scikit-learn's digits, and real people's movements (HAR).
+
+No constant of any data set is here; inputs are standardised by a masked round (see `coordinator.task`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from sottovoce.errors import ConfigError
+from sottovoce.types import Array
+
+Examples = dict[str, Array]
+
+
+@dataclass(frozen=True, slots=True)
+class DividedData:
+    """Examples by device, and a test set that no device has.
+
+    Attributes:
+        devices: Device id -> columns `x` and `y` with equal first dimension.
+        test: The same columns, held out.
+    """
+
+    devices: dict[str, Examples]
+    test: Examples
+
+    def pooled(self) -> Examples:
+        """Return all devices' examples together, for the comparison that a fleet never makes."""
+        return {name: np.concatenate([mine[name] for mine in self.devices.values()]) for name in ("x", "y")}
+
+
+def digits(*, devices: int, seed: int, concentration: float = 0.5, fewest: int = 10) -> DividedData:
+    """Return scikit-learn's 1,797 digits: a stratified fifth for the test, the rest divided unevenly.
+
+    Each class is divided over the devices by its own Dirichlet draw, so devices differ in size and in classes.
+
+    Args:
+        devices: How many devices, at least 1.
+        seed: Of the split and the division; the same seed gives the same devices.
+        concentration: Parameter of the Dirichlet distribution; smaller is more uneven.
+        fewest: Every device has at least this many examples; the division is drawn anew until it holds.
+
+    Raises:
+        ConfigError: There are not enough examples for so many devices.
+    """
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    bunch = load_digits()
+    x, y = bunch.data.astype(np.float32), bunch.target.astype(np.int32)
+    x_train, x_test, y_train, y_test = train_test_split(x, y, test_size=0.2, stratify=y, random_state=seed)
+    rng = np.random.default_rng(seed)
+    for _ in range(1000):
+        parts = _dirichlet_parts(y_train, devices, concentration, rng)
+        if min(map(len, parts)) >= fewest:
+            names = device_names(devices)
+            mine = {name: {"x": x_train[rows], "y": y_train[rows]} for name, rows in zip(names, parts, strict=True)}
+            return DividedData(mine, {"x": x_test, "y": y_test})
+    raise ConfigError(f"{len(y_train)} examples cannot give {devices} devices {fewest} each; use fewer devices")
+
+
+def people(path: Path) -> DividedData:
+    """Return the movements in `har.npz`, one device for every training person, tested on the people held out.
+
+    Args:
+        path: An .npz with `x` int16 [n,128,9], `scale` float [9], `y` [n], `subject` [n] and `test` [n] (bool).
+
+    Raises:
+        ConfigError: The file is missing, or is not such a file.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            x = (stored["x"] * stored["scale"]).astype(np.float32)
+            y, subject, held_out = stored["y"].astype(np.int32), stored["subject"], stored["test"].astype(bool)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"{path} is not a HAR file with x, scale, y, subject and test: {error}") from error
+    training = sorted(set(subject[~held_out].tolist()))
+    mine = {f"person-{p:02d}": {"x": x[subject == p], "y": y[subject == p]} for p in training}
+    return DividedData(mine, {"x": x[held_out], "y": y[held_out]})
+
+
+def device_names(count: int) -> list[str]:
+    """Return `count` device ids: pi-01, pi-02, ..."""
+    return [f"pi-{i:02d}" for i in range(1, count + 1)]
+
+
+def _dirichlet_parts(labels: Array, devices: int, concentration: float, rng: np.random.Generator) -> list[Array]:
+    parts: list[list[int]] = [[] for _ in range(devices)]
+    for label in np.unique(labels):
+        rows = rng.permutation(np.flatnonzero(labels == label))
+        shares = rng.dirichlet(np.full(devices, concentration))
+        cuts = (np.cumsum(shares)[:-1] * len(rows)).astype(int)
+        for part, chunk in zip(parts, np.split(rows, cuts), strict=True):
+            part.extend(chunk.tolist())
+    return [np.asarray(sorted(part), dtype=np.int64) for part in parts]

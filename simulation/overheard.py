@@ -1,0 +1,81 @@
+"""An eavesdropper on the demo's broker: what anybody on the way hears of one device. Keeps eight numbers."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from simulation.broker_process import BrokerProcess
+from simulation.process_fleet import FLEET
+from sottovoce.errors import MalformedMessage
+from sottovoce.transport.base import Delivery
+from sottovoce.transport.mqtt import MqttTransport
+from sottovoce.transport.mqtt_settings import MqttSettings
+from sottovoce.wire.chunks import decode_vector_chunk
+from sottovoce.wire.topics import Topics
+
+_WORDS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Overheard:
+    """The start of one masked vector.
+
+    Attributes:
+        device: Whose it was.
+        words: Its first eight entries, uint32.
+    """
+
+    device: str
+    words: tuple[int, ...]
+
+
+class Eavesdropper:
+    """Listens to every masked vector on the broker (the demo's broker has no access rules) and keeps the last start."""
+
+    def __init__(self, broker: BrokerProcess) -> None:
+        """Connect to `broker` on entering."""
+        self._settings = MqttSettings(host=broker.host, port=broker.port, client_id="eavesdropper", clean_start=True)
+        self._topics = Topics(FLEET)
+        self.last: Overheard | None = None
+        self._online_s: dict[str, float] = {}
+
+    def __enter__(self) -> Self:
+        self._transport = MqttTransport(self._settings, rng=random.Random())  # only jitters reconnects
+        self._transport.subscribe(self._topics.up_chunk("+", "+"))
+        self._transport.subscribe(self._topics.status_filter())
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._transport.close()
+
+    def listen(self) -> None:
+        """Take in everything that has arrived since the last call."""
+        while (event := self._transport.receive(0)) is not None:
+            if isinstance(event, Delivery):
+                self._keep(event)
+
+    def online_after(self, started_s: Mapping[str, float]) -> dict[str, float]:
+        """Return how many seconds after its start each device was first seen; `started_s` is on the monotonic clock."""
+        return {device: seen - started_s[device] for device, seen in self._online_s.items()}
+
+    def _keep(self, delivery: Delivery) -> None:
+        try:
+            kind, device, *_ = self._topics.split(delivery.topic)
+            if kind == "st":
+                self._online_s.setdefault(device, time.monotonic())
+                return
+            chunk = decode_vector_chunk(delivery.payload)
+        except MalformedMessage:
+            return  # an eavesdropper shrugs at what it does not understand
+        if chunk.index == 0 and len(chunk.content) >= 4 * _WORDS:
+            words = np.frombuffer(chunk.content, dtype="<u4", count=_WORDS)
+            self.last = Overheard(device, tuple(int(word) for word in words))

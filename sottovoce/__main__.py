@@ -1,0 +1,133 @@
+"""The author's command `sottovoce`: looks into what travels. Every subcommand imports what it needs itself."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sottovoce.bundle import Bundle, Port, read_bundle
+from sottovoce.errors import SottovoceError
+from sottovoce.plan import digest_of
+from sottovoce.types import Array
+
+_DESCRIPTION = """\
+Tools for those who write and check client programs.
+
+  sottovoce inspect digits.svp               what a bundle contains, asks for and gives away
+  sottovoce inspect digits.svp --self-test   ... and whether this machine's runtime computes it right
+
+The other commands: edge-agent (a device), coordinator (the server), fleet-ca (who belongs to the fleet)."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; return 0, or 2 with one line on stderr when something is wrong with what was given."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("sottovoce", description=_DESCRIPTION, formatter_class=raw)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    inspect = commands.add_parser("inspect", help="show what a bundle contains, asks for and gives away")
+    inspect.add_argument("bundle", type=Path, metavar="BUNDLE", help="a .svp file")
+    inspect.add_argument("--json", action="store_true", help="print it as JSON")
+    inspect.add_argument("--self-test", action="store_true", help="run the bundle's self-test on this machine")
+    inspect.set_defaults(run=_inspect)
+    options = parser.parse_args(arguments)
+    try:
+        options.run(options)
+    except SottovoceError as error:
+        print(f"sottovoce: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    import msgspec
+
+    from sottovoce.tensors import decode_tensors
+
+    bundle, digest = read_bundle(options.bundle)
+    contents = describe(bundle, digest, decode_tensors(bundle.initial))
+    if options.self_test:
+        contents["self_test"]["result"] = _run_self_test(bundle)
+    if options.json:
+        print(msgspec.json.encode(contents).decode())
+    else:
+        print("\n".join(_lines(contents)))
+
+
+def describe(bundle: Bundle, digest: bytes, initial: Mapping[str, Array]) -> dict[str, Any]:
+    """Return what there is to know about `bundle`, as plain values.
+
+    Args:
+        bundle: The bundle.
+        digest: Its SHA-256.
+        initial: The first value of every broadcast port.
+    """
+    learned = {name for result in bundle.results for name in result.updates}
+    return {
+        "name": bundle.name,
+        "description": bundle.description,
+        "digest": digest.hex(),
+        "reads": _ports(bundle.batch),
+        "broadcast": _ports(bundle.broadcast),
+        "results": {result.name: _ports(result.ports) for result in bundle.results},
+        "updates": {result.name: list(result.updates) for result in bundle.results if result.updates},
+        "metrics": _ports(bundle.metrics),
+        "predictions": _ports(bundle.predictions),
+        "sums": _ports(bundle.sums),
+        "parameters": sum(initial[name].size for name in learned if name in initial),
+        "roles": {name: f"{role.flatbuffer}/{role.signature}" for name, role in bundle.roles.items()},
+        "flatbuffers": {
+            name: {"bytes": len(content), "sha256": digest_of(content).hex()}
+            for name, content in bundle.flatbuffers.items()
+        },
+        "initial_bytes": len(bundle.initial),
+        "self_test": {"steps": len(bundle.self_test.batches), "tolerance": bundle.self_test.tolerance},
+    }
+
+
+def _run_self_test(bundle: Bundle) -> str:
+    from sottovoce.runtime import open_program, run_self_test, runtime_name
+
+    run_self_test(bundle, open_program(bundle))
+    return f"passed on {runtime_name()}"
+
+
+def _ports(ports: Sequence[Port]) -> dict[str, str]:
+    return {port.name: port.type + _bounds(port) for port in ports}
+
+
+def _bounds(port: Port) -> str:
+    if port.low is None and port.high is None:
+        return ""
+    low, high = ("" if bound is None else str(bound) for bound in (port.low, port.high))
+    return f" from {low}..{high}"
+
+
+def _lines(contents: Mapping[str, Any]) -> Iterator[str]:
+    yield f"{contents['name']}: {contents['description']}"
+    yield f"digest       {contents['digest']}"
+    yield f"reads        {_listed(contents['reads'])}"
+    yield f"is given     {_listed(contents['broadcast'])}"
+    for name, ports in contents["results"].items():
+        updates = contents["updates"].get(name)
+        yield f"gives        {name}: {_listed(ports)}" + (f", added to {', '.join(updates)}" if updates else "")
+    yield f"metrics      {_listed(contents['metrics'])}"
+    yield f"predicts     {_listed(contents['predictions'])}"
+    yield f"parameters   {contents['parameters']}"
+    yield f"roles        {', '.join(contents['roles'])}"
+    for name, flatbuffer in contents["flatbuffers"].items():
+        yield f"flatbuffer   {name}: {flatbuffer['bytes']} bytes, SHA-256 {flatbuffer['sha256'][:16]}..."
+    test = contents["self_test"]
+    yield f"self-test    {test['steps']} steps, tolerance {test['tolerance']:g}" + (
+        f": {test['result']}" if "result" in test else ""
+    )
+
+
+def _listed(ports: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {kind}" for name, kind in ports.items()) or "nothing"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

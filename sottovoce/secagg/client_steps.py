@@ -1,0 +1,308 @@
+"""The steps of a device through a session, pure: (setting, stage, request) -> (next stage, reply).
+
+Each step checks everything before it builds anything. The one thing changed in place is the vector, because its plain
+form must not exist beside its masked one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from itertools import pairwise
+
+from sottovoce.errors import ConfigError, Equivocation, MalformedMessage, PolicyRefusal, RemoteProtocolError
+from sottovoce.plan import blob_ref
+from sottovoce.secagg import graph, keys, shamir
+from sottovoce.secagg.client_stages import (
+    Advertised,
+    HeldShares,
+    InputMasked,
+    KeysShared,
+    Prepared,
+    Revealed,
+    Seat,
+    Setting,
+    SurvivorsSigned,
+)
+from sottovoce.secagg.masks import MaskExpander
+from sottovoce.secagg.roster import Shape, open_signature, shape_of, split_leaves, verify_neighbours
+from sottovoce.secagg.transcript import commitment_to, leaf_of, survivors_digest
+from sottovoce.wire.messages import (
+    AdvertiseKeys,
+    MaskedInput,
+    MaskedInputRequest,
+    Roster,
+    ShareKeys,
+    SurvivorsRequest,
+    SurvivorsSignature,
+    Unmasking,
+    UnmaskingRequest,
+)
+
+
+def advertise(setting: Setting, stage: Prepared) -> Advertised:
+    """Make fresh keys and bind them to everything that was agreed.
+
+    Raises:
+        PolicyRefusal: The owner does not allow such a session.
+        RemoteProtocolError: The parameters are impossible or do not fit the vector.
+    """
+    _check_parameters(setting, len(stage.vector))
+    channel = keys.key_pair(setting.entropy(keys.SECRET_BYTES))
+    mask = keys.key_pair(setting.entropy(keys.SECRET_BYTES))
+    advertisement = AdvertiseKeys(
+        certificate=setting.identity.certificate.der,
+        plan=setting.agreement.plan,
+        state=setting.agreement.state,
+        parameters=setting.agreement.parameters_digest,
+        channel_key=channel.public,
+        mask_key=mask.public,
+        nonce=setting.entropy(keys.NONCE_BYTES),
+    )
+    return Advertised(stage.vector, advertisement, channel, mask)
+
+
+def share_keys(setting: Setting, stage: Advertised, roster: Roster) -> tuple[KeysShared, ShareKeys]:
+    """Accept the one roster that these keys were made for; share both secrets among the neighbours.
+
+    Raises:
+        PolicyRefusal: The cohort is smaller than the owner allows.
+        RemoteProtocolError, MalformedMessage, BadCertificate, BadSignature, LowOrderPoint: The roster or one
+            neighbour's advertisement is not what it must be.
+    """
+    seat = _take_seat(setting, stage, roster)
+    shape = seat.shape
+    self_seed = setting.entropy(keys.SECRET_BYTES)
+    holders = shape.share_holders(seat.position)
+    rows = shamir.split(
+        (self_seed, stage.mask.secret),
+        points=shape.points(holders),
+        threshold=shape.threshold,
+        entropy=setting.entropy,
+    )
+    shares = dict(zip(holders, rows, strict=True))
+    outgoing, incoming = _channel_keys(setting, stage, seat)
+    ciphertexts = tuple(
+        keys.encrypt_shares(key, b"".join(shares[position]), session=shape.session)
+        for position, key in outgoing.items()
+    )
+    commitment = commitment_to(self_seed, session=shape.session, position=seat.position)
+    following = KeysShared(stage.vector, seat, incoming, stage.mask, self_seed, own_share=shares[seat.position][0])
+    return following, ShareKeys(commitment=commitment, ciphertexts=ciphertexts)
+
+
+def mask_input(setting: Setting, stage: KeysShared, request: MaskedInputRequest) -> tuple[InputMasked, MaskedInput]:
+    """Take the neighbours' shares and mask the vector in place; from here on the update is spent.
+
+    Raises:
+        PolicyRefusal: So few shared keys that too few can survive.
+        RemoteProtocolError, MalformedMessage: Fewer sharers than the threshold; unknown, repeated or unsorted ones.
+        BadShare: A neighbour's shares do not decrypt, or a limb is out of range.
+        LowOrderPoint: A neighbour's key is of low order.
+    """
+    positions = tuple(position for position, _ in request.shares)
+    _require_rising(positions, allowed=stage.seat.neighbours)
+    _require_enough(setting, stage.seat, (stage.seat.position, *positions), members=1 + len(positions))
+    held = {position: _open_shares(stage, position, content) for position, content in request.shares}
+    _mask_in_place(setting, stage, positions)
+    reference = blob_ref(stage.vector, chunk_bytes=setting.chunk_bytes)
+    return InputMasked(stage.vector, stage.seat, held, stage.own_share), MaskedInput(vector=reference)
+
+
+def sign_survivors(
+    setting: Setting, stage: InputMasked, request: SurvivorsRequest
+) -> tuple[SurvivorsSigned, SurvivorsSignature]:
+    """Commit to one survivor set; the envelope's signature makes it a signature on the set.
+
+    Raises:
+        PolicyRefusal, RemoteProtocolError, MalformedMessage: See `_check_survivors`.
+    """
+    _check_survivors(setting, stage, request.survivors)
+    digest = survivors_digest(request.survivors, session=stage.seat.shape.session)
+    return SurvivorsSigned(stage, digest), SurvivorsSignature(survivors=digest)
+
+
+def reveal_agreed(setting: Setting, stage: SurvivorsSigned, request: UnmaskingRequest) -> tuple[Revealed, Unmasking]:
+    """Active mode: answer only for the set that this device signed, and t of its neighbours with it.
+
+    Raises:
+        Equivocation: A neighbour signed another set; the error carries its signed envelope.
+        RemoteProtocolError, MalformedMessage, BadSignature: Another set, or not t valid signatures of neighbours.
+    """
+    seat = stage.masked.seat
+    _check_survivors(setting, stage.masked, request.survivors)
+    if survivors_digest(request.survivors, session=seat.shape.session) != stage.survivors:
+        raise RemoteProtocolError("asked to unmask another survivor set than the one signed")
+    _check_signatures(setting, stage, request)
+    return Revealed(), _shares_for(stage.masked, request.survivors)
+
+
+def reveal(setting: Setting, stage: InputMasked, request: UnmaskingRequest) -> tuple[Revealed, Unmasking]:
+    """Curious mode: answer for the first survivor set asked about.
+
+    Raises:
+        PolicyRefusal, RemoteProtocolError, MalformedMessage: See `_check_survivors`.
+    """
+    if request.signatures:
+        raise MalformedMessage("signatures in a session without a consistency check")
+    _check_survivors(setting, stage, request.survivors)
+    return Revealed(), _shares_for(stage, request.survivors)
+
+
+def _check_parameters(setting: Setting, vector_bytes: int) -> None:
+    parameters, terms = setting.agreement.parameters, setting.terms
+    try:
+        graph.check_parameters(parameters)
+    except ConfigError as error:
+        raise RemoteProtocolError(f"the coordinator proposed impossible parameters: {error}") from error
+    if parameters.vector_bytes != vector_bytes:
+        raise RemoteProtocolError(f"the session masks {parameters.vector_bytes} bytes, the update has {vector_bytes}")
+    if parameters.mode not in terms.modes:
+        raise PolicyRefusal("modes", f"the session is {parameters.mode}, allowed is {', '.join(terms.modes)}")
+    if parameters.maximum_clients < terms.minimum_cohort:
+        largest, wanted = parameters.maximum_clients, terms.minimum_cohort
+        raise PolicyRefusal("minimum_cohort", f"at most {largest} devices where {wanted} are wanted")
+    if parameters.corrupt_share_bp < terms.minimum_corrupt_share_bp:
+        proposed, wanted = parameters.corrupt_share_bp, terms.minimum_corrupt_share_bp
+        raise PolicyRefusal("minimum_corrupt_share_bp", f"{proposed} basis points where {wanted} are wanted")
+
+
+def _take_seat(setting: Setting, stage: Advertised, roster: Roster) -> Seat:
+    """Return this device's place, once the roster, its graph and every neighbour are verified."""
+    agreement = setting.agreement
+    leaves = split_leaves(roster)
+    if len(leaves) < setting.terms.minimum_cohort:
+        raise PolicyRefusal("minimum_cohort", f"{len(leaves)} devices where {setting.terms.minimum_cohort} are wanted")
+    if len(leaves) > agreement.parameters.maximum_clients:
+        raise RemoteProtocolError(f"{len(leaves)} members where at most {agreement.parameters.maximum_clients} fit")
+    own_leaf = leaf_of(setting.device, setting.identity.certificate.fingerprint, stage.advertisement)
+    if own_leaf not in leaves:
+        raise RemoteProtocolError("this device is not in the roster it was sent")
+    shape = _shape_told(setting, roster, leaves)
+    position = leaves.index(own_leaf)
+    neighbours = verify_neighbours(
+        agreement,
+        roster,
+        leaves=leaves,
+        positions=shape.neighbours(position),
+        anchor=setting.anchor,
+        at=setting.at,
+    )
+    if any(member.device == setting.device for member in neighbours.values()):
+        raise RemoteProtocolError("this device is in the roster twice")
+    return Seat(position, shape, neighbours)
+
+
+def _shape_told(setting: Setting, roster: Roster, leaves: Sequence[bytes]) -> Shape:
+    """Return the graph that the rules give; the coordinator is told nothing else is accepted."""
+    try:
+        shape = shape_of(setting.agreement, leaves)
+    except ConfigError as error:
+        raise RemoteProtocolError(f"an impossible roster: {error}") from error
+    if (roster.neighbours, roster.threshold) != (shape.neighbour_count, shape.threshold):
+        raise RemoteProtocolError(
+            f"{roster.neighbours} neighbours and threshold {roster.threshold}, where the rules give "
+            f"{shape.neighbour_count} and {shape.threshold}"
+        )
+    return shape
+
+
+def _channel_keys(setting: Setting, stage: Advertised, seat: Seat) -> tuple[dict[int, bytes], dict[int, bytes]]:
+    """Return the keys of the shares sent to and received from every neighbour, by position."""
+    session, device = seat.shape.session, setting.device
+    outgoing: dict[int, bytes] = {}
+    incoming: dict[int, bytes] = {}
+    for position, neighbour in seat.neighbours.items():
+        secret, peer = stage.channel.agree(neighbour.channel_key), neighbour.device
+        outgoing[position] = keys.share_channel_key(secret, session=session, sender=device, recipient=peer)
+        incoming[position] = keys.share_channel_key(secret, session=session, sender=peer, recipient=device)
+    return outgoing, incoming
+
+
+def _open_shares(stage: KeysShared, position: int, ciphertext: bytes) -> HeldShares:
+    content = keys.decrypt_shares(stage.incoming[position], ciphertext, session=stage.seat.shape.session)
+    held = HeldShares(content[: shamir.SHARE_BYTES], content[shamir.SHARE_BYTES :])
+    shamir.parse_shares((held.self_seed, held.mask_key))
+    return held
+
+
+def _mask_in_place(setting: Setting, stage: KeysShared, positions: Sequence[int]) -> None:
+    """Add the self mask and one pairwise mask per neighbour that shared keys: the lower position adds."""
+    session, cipher = stage.seat.shape.session, setting.agreement.parameters.cipher
+    mask_keys: list[tuple[bool, bytes]] = []
+    for position in positions:
+        neighbour, first = stage.seat.neighbours[position], stage.seat.position < position
+        lower, upper = (setting.device, neighbour.device) if first else (neighbour.device, setting.device)
+        secret = stage.mask.agree(neighbour.mask_key)
+        key = keys.pairwise_mask_key(secret, session=session, lower=lower, upper=upper, cipher=cipher)
+        mask_keys.append((first, key))
+    own_key = keys.self_mask_key(stage.self_seed, session=session, device=setting.device, cipher=cipher)
+    expander = MaskExpander(setting.agreement.parameters)
+    expander.add(stage.vector, own_key)
+    for first, key in mask_keys:
+        (expander.add if first else expander.subtract)(stage.vector, key)
+    expander.erase()
+
+
+def _check_survivors(setting: Setting, stage: InputMasked, survivors: Sequence[int]) -> None:
+    """Check a survivor set as far as this device can see.
+
+    Raises:
+        MalformedMessage: Unsorted, repeated or unknown positions.
+        RemoteProtocolError: This device is not among them, or a neighbour that never shared keys is, or too few of
+            the neighbourhood survive.
+        PolicyRefusal: Fewer survivors than the owner allows.
+    """
+    seat = stage.seat
+    _require_rising(survivors, allowed=range(seat.shape.members))
+    if seat.position not in survivors:
+        raise RemoteProtocolError("this device has sent its masked input, yet it is not among the survivors")
+    if any(position in seat.neighbours and position not in stage.held for position in survivors):
+        raise RemoteProtocolError("a neighbour is among the survivors that never shared its keys")
+    _require_enough(setting, seat, survivors, members=len(survivors))
+
+
+def _require_enough(setting: Setting, seat: Seat, positions: Collection[int], *, members: int) -> None:
+    """Refuse what leaves too few: in the neighbourhood to rebuild a secret, or altogether to hide in."""
+    parameters, shape = setting.agreement.parameters, seat.shape
+    if len(set(positions).intersection(shape.share_holders(seat.position))) < shape.threshold:
+        raise RemoteProtocolError(f"fewer than {shape.threshold} of this device's neighbourhood are left")
+    if members < parameters.minimum_survivors:
+        raise RemoteProtocolError(f"{members} members are left where the session needs {parameters.minimum_survivors}")
+    if members - shape.corrupt < setting.terms.minimum_honest_survivors:
+        wanted = f"{setting.terms.minimum_honest_survivors} beside the {shape.corrupt} that may be corrupt"
+        raise PolicyRefusal("minimum_honest_survivors", f"{members} members are left where {wanted} are wanted")
+
+
+def _check_signatures(setting: Setting, stage: SurvivorsSigned, request: UnmaskingRequest) -> None:
+    """Check that at least t distinct neighbours among the survivors have signed the same set."""
+    seat = stage.masked.seat
+    survivors = set(request.survivors)
+    known = {member.device: member for position, member in seat.neighbours.items() if position in survivors}
+    signers: set[str] = set()
+    for payload in request.signatures:
+        opened = open_signature(setting.agreement, payload, known, session=seat.shape.session)
+        device = opened.certificate.name
+        if opened.message.survivors != stage.survivors:
+            raise Equivocation(f"{device} has signed another survivor set in this session", (payload,))
+        if device in signers:
+            raise MalformedMessage(f"{device}'s signature is there twice")
+        signers.add(device)
+    if len(signers) < seat.shape.threshold:
+        raise RemoteProtocolError(f"{len(signers)} neighbours signed the survivor set, not {seat.shape.threshold}")
+
+
+def _shares_for(stage: InputMasked, survivors: Sequence[int]) -> Unmasking:
+    """Return one share per owner, never both kinds: which one follows from the single survivor set."""
+    alive = set(survivors)
+    self_seeds = {position: held.self_seed for position, held in stage.held.items() if position in alive}
+    if stage.seat.position in stage.seat.shape.share_holders(stage.seat.position):
+        self_seeds[stage.seat.position] = stage.own_share
+    mask_keys = tuple((position, held.mask_key) for position, held in stage.held.items() if position not in alive)
+    return Unmasking(self_seed_shares=tuple(sorted(self_seeds.items())), mask_key_shares=mask_keys)
+
+
+def _require_rising(positions: Sequence[int], *, allowed: Collection[int]) -> None:
+    if any(left >= right for left, right in pairwise(positions)):
+        raise MalformedMessage("positions must rise: unsorted, or one of them twice")
+    if any(position not in allowed for position in positions):
+        raise MalformedMessage("a position that is not in this device's roster")

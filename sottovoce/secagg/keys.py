@@ -1,0 +1,123 @@
+"""The primitives of a session: X25519, HKDF with a label per purpose, and the encryption of shares.
+
+Everything comes from `cryptography`; here it is only named, labelled and bound to the session and the two parties.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+from sottovoce.errors import BadShare, CryptoError, LowOrderPoint
+from sottovoce.secagg import labels
+from sottovoce.secagg.transcript import label_prefixed
+from sottovoce.wire.messages import Cipher
+
+SECRET_BYTES = 32
+PUBLIC_KEY_BYTES = 32
+NONCE_BYTES = 32
+TAG_BYTES = 16
+MASK_KEY_BYTES: dict[Cipher, int] = {"aes-128-ctr": 16, "chacha20": 32}
+"""Length of a mask stream's key, by cipher."""
+_SHARE_CIPHER = "chacha20-poly1305"
+_SHARE_KEY_BYTES = 32
+_ONE_TIME_NONCE = bytes(12)
+
+_FIELD_PRIME = 2**255 - 19
+_LOW_ORDER_U = frozenset(
+    {
+        0,
+        1,
+        _FIELD_PRIME - 1,
+        325606250916557431795983626356110631294008115727848805560023387167927233504,
+        39382357235489614581723060781553021112529911719440698176882885853963445705823,
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class KeyPair:
+    """A fresh X25519 key pair of one session.
+
+    Attributes:
+        public: Public key, 32 bytes.
+        secret: Private key as it is shared, 32 bytes.
+    """
+
+    public: bytes
+    secret: bytes = field(repr=False)
+    _private: X25519PrivateKey = field(repr=False, compare=False)
+
+    def agree(self, public_key: bytes) -> bytes:
+        """Return the X25519 secret with the holder of `public_key`, 32 bytes.
+
+        Raises:
+            LowOrderPoint: The key gives an all-zero secret.
+            CryptoError: It does not have 32 bytes.
+        """
+        refuse_low_order(public_key)
+        try:
+            return self._private.exchange(X25519PublicKey.from_public_bytes(public_key))
+        except ValueError as error:
+            raise LowOrderPoint("the peer's X25519 key gives an all-zero secret") from error
+
+
+def key_pair(secret: bytes) -> KeyPair:
+    """Return the X25519 key pair whose private key is `secret`, 32 bytes of entropy."""
+    private = X25519PrivateKey.from_private_bytes(secret)
+    return KeyPair(private.public_key().public_bytes_raw(), secret, private)
+
+
+def refuse_low_order(public_key: bytes) -> None:
+    """Refuse the points of small order on the curve and its twist, in every encoding.
+
+    Raises:
+        LowOrderPoint: It is one of them.
+        CryptoError: It does not have 32 bytes.
+    """
+    if len(public_key) != PUBLIC_KEY_BYTES:
+        raise CryptoError(f"an X25519 public key has {PUBLIC_KEY_BYTES} bytes, not {len(public_key)}")
+    if (int.from_bytes(public_key, "little") & (2**255 - 1)) % _FIELD_PRIME in _LOW_ORDER_U:
+        raise LowOrderPoint("an X25519 public key of low order gives everybody the same secret")
+
+
+def self_mask_key(self_seed: bytes, *, session: bytes, device: str, cipher: Cipher) -> bytes:
+    """Return the key of the self mask's stream of `device`."""
+    return _derive(self_seed, session, MASK_KEY_BYTES[cipher], labels.SELF_MASK, device, cipher)
+
+
+def pairwise_mask_key(secret: bytes, *, session: bytes, lower: str, upper: str, cipher: Cipher) -> bytes:
+    """Return the key of the pairwise mask's stream of two devices, the one with the lower roster position first."""
+    return _derive(secret, session, MASK_KEY_BYTES[cipher], labels.PAIRWISE_MASK, lower, upper, cipher)
+
+
+def share_channel_key(secret: bytes, *, session: bytes, sender: str, recipient: str) -> bytes:
+    """Return the key that encrypts the shares from `sender` to `recipient`; the other direction has another."""
+    return _derive(secret, session, _SHARE_KEY_BYTES, labels.SHARE_CHANNEL, sender, recipient, _SHARE_CIPHER)
+
+
+def encrypt_shares(key: bytes, shares: bytes, *, session: bytes) -> bytes:
+    """Return the ciphertext of `shares`. The key is used for this one message, so the nonce is constant."""
+    return ChaCha20Poly1305(key).encrypt(_ONE_TIME_NONCE, shares, session)
+
+
+def decrypt_shares(key: bytes, ciphertext: bytes, *, session: bytes) -> bytes:
+    """Return the shares in `ciphertext`.
+
+    Raises:
+        BadShare: It was not encrypted under this key in this session.
+    """
+    try:
+        return ChaCha20Poly1305(key).decrypt(_ONE_TIME_NONCE, ciphertext, session)
+    except InvalidTag as error:
+        raise BadShare("a neighbour's shares do not decrypt: swapped, redirected or changed on the way") from error
+
+
+def _derive(secret: bytes, session: bytes, length: int, label: bytes, *names: str) -> bytes:
+    info = label_prefixed(label, *(name.encode() for name in names))
+    return HKDF(algorithm=SHA256(), length=length, salt=session, info=info).derive(secret)

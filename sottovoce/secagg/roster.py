@@ -1,0 +1,206 @@
+"""Who is in the cohort: what an advertisement must say, and what a roster must show before anybody trusts it."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from sottovoce.errors import MalformedMessage, RemoteProtocolError, Replayed
+from sottovoce.identity import Certificate, TrustAnchor
+from sottovoce.secagg import graph, keys
+from sottovoce.secagg.transcript import (
+    DIGEST_BYTES,
+    NO_SESSION,
+    Agreement,
+    graph_seed,
+    leaf_of,
+    merkle_root,
+    session_id,
+)
+from sottovoce.wire.codec import Opened, open_envelope, parse, parse_body
+from sottovoce.wire.messages import AdvertiseKeys, Roster, SurvivorsSignature
+
+_MAX_EVIDENCE_BYTES = 16 * 1024
+"""Longest signed envelope that one member may make the others read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One member of the cohort, its signature and certificate verified.
+
+    Attributes:
+        device: Device id.
+        certificate: Verified against the fleet CA.
+        channel_key: X25519 public key for share encryption.
+        mask_key: X25519 public key for pairwise masks.
+        leaf: Its roster leaf.
+    """
+
+    device: str
+    certificate: Certificate
+    channel_key: bytes
+    mask_key: bytes
+    leaf: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """The graph of one cohort and the session it belongs to.
+
+    Attributes:
+        session: Session id, 32 bytes.
+        members: n.
+        neighbour_count: k.
+        threshold: t.
+        corrupt: c, the most corrupt members that the guarantees allow for.
+        seed: Of the graph.
+    """
+
+    session: bytes
+    members: int
+    neighbour_count: int
+    threshold: int
+    corrupt: int
+    seed: bytes
+
+    def neighbours(self, position: int) -> tuple[int, ...]:
+        """Return the positions of the neighbours of `position`, ascending."""
+        return graph.neighbours(position, self.members, self.neighbour_count, self.seed)
+
+    def share_holders(self, position: int) -> tuple[int, ...]:
+        """Return the positions that hold a share of the self seed of `position`, ascending."""
+        return graph.share_holders(position, self.members, self.neighbour_count, self.seed)
+
+    def points(self, positions: Sequence[int]) -> tuple[int, ...]:
+        """Return the evaluation points of `positions`."""
+        return tuple(graph.evaluation_point(p, self.members, self.neighbour_count, self.seed) for p in positions)
+
+
+def shape_of(agreement: Agreement, leaves: Sequence[bytes]) -> Shape:
+    """Return the graph and session id that sorted `leaves` give; both sides compute it, nobody is told.
+
+    Raises:
+        ConfigError: The cohort is too small or too large for the graph.
+    """
+    parameters, members, root = agreement.parameters, len(leaves), merkle_root(leaves)
+    neighbour_count = graph.degree(members)
+    threshold = graph.threshold(parameters.mode, members, parameters.corrupt_share_bp)
+    session = session_id(
+        agreement, members=members, neighbour_count=neighbour_count, threshold=threshold, root=root
+    )  # fmt: skip
+    corrupt = graph.corrupt_bound(members, parameters.corrupt_share_bp)
+    return Shape(session, members, neighbour_count, threshold, corrupt, graph_seed(root))
+
+
+def check_advertisement(agreement: Agreement, opened: Opened[AdvertiseKeys]) -> Member:
+    """Return the member that a verified advertisement announces.
+
+    Raises:
+        Replayed: It was signed for another round, attempt, coordinator or session.
+        RemoteProtocolError: It binds another plan, state or parameters, or carries another certificate.
+        MalformedMessage: A key or nonce has the wrong length.
+        LowOrderPoint: A key is of low order.
+    """
+    message, certificate = opened.message, opened.certificate
+    if opened.context != agreement.context_of(certificate.name, session=NO_SESSION):
+        raise Replayed(f"{certificate.name}'s advertisement was signed for another round or session")
+    if (message.plan, message.state, message.parameters) != (
+        agreement.plan, agreement.state, agreement.parameters_digest,
+    ):  # fmt: skip
+        raise RemoteProtocolError(f"{certificate.name} advertised keys for another plan, state or parameters")
+    lengths = (len(message.channel_key), len(message.mask_key), len(message.nonce))
+    if lengths != (keys.PUBLIC_KEY_BYTES, keys.PUBLIC_KEY_BYTES, keys.NONCE_BYTES):
+        raise MalformedMessage(f"{certificate.name} advertised keys or a nonce of the wrong length")
+    if message.certificate != certificate.der:
+        raise RemoteProtocolError(f"{certificate.name}'s advertisement carries another certificate")
+    keys.refuse_low_order(message.channel_key)
+    keys.refuse_low_order(message.mask_key)
+    leaf = leaf_of(certificate.name, certificate.fingerprint, message)
+    return Member(certificate.name, certificate, message.channel_key, message.mask_key, leaf)
+
+
+def split_leaves(roster: Roster) -> list[bytes]:
+    """Return the leaves of `roster`.
+
+    Raises:
+        MalformedMessage: They are not whole leaves in strictly rising order: unsorted, or one of them twice.
+    """
+    leaves = [roster.leaves[at : at + DIGEST_BYTES] for at in range(0, len(roster.leaves), DIGEST_BYTES)]
+    whole = bool(leaves) and len(roster.leaves) % DIGEST_BYTES == 0
+    if not whole or any(left >= right for left, right in pairwise(leaves)):
+        raise MalformedMessage("a roster's leaves must be 32 bytes each, sorted, and none of them twice")
+    return leaves
+
+
+def verify_neighbours(
+    agreement: Agreement,
+    roster: Roster,
+    *,
+    leaves: Sequence[bytes],
+    positions: Sequence[int],
+    anchor: TrustAnchor,
+    at: datetime.datetime,
+) -> dict[int, Member]:
+    """Return this device's neighbours by position; one that does not verify is enough to refuse the roster.
+
+    Args:
+        agreement: What this device agreed to.
+        roster: With one signed advertisement per neighbour, in order of position.
+        leaves: Of the roster.
+        positions: Of the neighbours, ascending.
+        anchor: The fleet CA.
+        at: Time to judge certificates by.
+
+    Raises:
+        MalformedMessage, BadCertificate, BadSignature: An advertisement is not a device's signed message.
+        RemoteProtocolError: An advertisement does not match its leaf, two are of one device, or their number is wrong.
+        LowOrderPoint: A key is of low order.
+    """
+    if len(roster.advertisements) != len(positions):
+        raise MalformedMessage(f"{len(roster.advertisements)} advertisements for {len(positions)} neighbours")
+    members: dict[int, Member] = {}
+    for position, payload in zip(positions, roster.advertisements, strict=True):
+        member = check_advertisement(agreement, _open_advertisement(payload, anchor, at))
+        if member.leaf != leaves[position]:
+            raise RemoteProtocolError(f"{member.device}'s advertisement is not leaf {position} of the roster")
+        members[position] = member
+    if len({member.device for member in members.values()}) != len(members):
+        raise RemoteProtocolError("one device is in the roster twice")
+    return members
+
+
+def open_signature(
+    agreement: Agreement, payload: bytes, members: Mapping[str, Member], *, session: bytes
+) -> Opened[SurvivorsSignature]:
+    """Return the verified signature of a member on a survivor set, forwarded by the server.
+
+    Args:
+        agreement: What the session is about.
+        payload: The signed envelope.
+        members: Who may have signed, by device id.
+        session: Session id.
+
+    Raises:
+        MalformedMessage: It is not a signed SurvivorsSignature, or not of one of `members`.
+        Replayed: It was signed in another session.
+        BadSignature: The signature is not the member's.
+    """
+    envelope = parse(payload, max_bytes=_MAX_EVIDENCE_BYTES)
+    if envelope.sender not in members:
+        raise MalformedMessage(f"a signature of {envelope.sender}, who is not a surviving neighbour")
+    claimed = parse_body(envelope, SurvivorsSignature)
+    if envelope.context != agreement.context_of(envelope.sender, session=session):
+        raise Replayed(f"a signature of {envelope.sender} from another session")
+    certificate = members[envelope.sender].certificate
+    opened = open_envelope(envelope, certificate, payload)
+    return Opened(claimed, certificate, opened.context, payload)
+
+
+def _open_advertisement(payload: bytes, anchor: TrustAnchor, at: datetime.datetime) -> Opened[AdvertiseKeys]:
+    envelope = parse(payload, max_bytes=_MAX_EVIDENCE_BYTES)
+    claimed = parse_body(envelope, AdvertiseKeys)
+    certificate = anchor.verify(claimed.certificate, at=at, role="device")
+    opened = open_envelope(envelope, certificate, payload)
+    return Opened(claimed, certificate, opened.context, payload)

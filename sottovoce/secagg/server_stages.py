@@ -1,0 +1,175 @@
+"""What the server knows at each stage of a session, one frozen dataclass per stage.
+
+The dataclasses are frozen; the collections that a stage gathers grow by one whole, checked answer at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from sottovoce.plan import BlobRef
+from sottovoce.secagg.roster import Member, Shape
+from sottovoce.secagg.shamir import Limbs
+from sottovoce.wire.messages import ShareKeys
+
+
+@dataclass(frozen=True, slots=True)
+class Cohort:
+    """The members of the roster, fixed when the first stage closes.
+
+    Attributes:
+        shape: The graph and the session id.
+        members: In roster order; the index is the position.
+        position_of: Device id -> position.
+    """
+
+    shape: Shape
+    members: tuple[Member, ...]
+    position_of: Mapping[str, int]
+
+    def names(self, positions: Iterable[int]) -> frozenset[str]:
+        """Return the device ids at `positions`."""
+        return frozenset(self.members[position].device for position in positions)
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A device that has advertised keys.
+
+    Attributes:
+        member: As verified.
+        payload: Its signed advertisement, forwarded to its neighbours.
+    """
+
+    member: Member
+    payload: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class AdvertisingKeys:
+    """Waiting for fresh keys from the devices invited."""
+
+    expected: frozenset[str]
+    answers: dict[str, Candidate] = field(default_factory=dict)
+
+    def waiting_for(self) -> frozenset[str]:
+        """Return the devices that still owe an answer."""
+        return self.expected - self.answers.keys()
+
+
+@dataclass(frozen=True, slots=True)
+class SharingKeys:
+    """Waiting for encrypted shares; nothing is forwarded before this stage is closed."""
+
+    cohort: Cohort
+    answers: dict[int, ShareKeys] = field(default_factory=dict)
+
+    def waiting_for(self) -> frozenset[str]:
+        """Return the devices that still owe an answer."""
+        return self.cohort.names(self.cohort.position_of.values()) - self.cohort.names(self.answers)
+
+
+@dataclass(frozen=True, slots=True)
+class CollectingInputs:
+    """Adding masked vectors, each in one step when it is whole.
+
+    Attributes:
+        cohort: The members.
+        commitments: Position -> commitment, of every member that shared keys.
+        total: The accumulator.
+        announced: Position -> the vector that was announced, until it has been added.
+        added: Positions whose vector is in the total.
+    """
+
+    cohort: Cohort
+    commitments: Mapping[int, bytes]
+    total: bytearray = field(repr=False)
+    announced: dict[int, BlobRef] = field(default_factory=dict)
+    added: set[int] = field(default_factory=set)
+
+    def waiting_for(self) -> frozenset[str]:
+        """Return the devices whose vector is not in the total."""
+        return self.cohort.names(self.commitments.keys() - self.added)
+
+
+@dataclass(frozen=True, slots=True)
+class CheckingConsistency:
+    """Active mode: waiting for the survivors' signatures on their own set.
+
+    Attributes:
+        inputs: The total, and who shared keys.
+        survivors: U3, sorted positions.
+        digest: What they are to sign.
+        answers: Position -> signed envelope.
+    """
+
+    inputs: CollectingInputs
+    survivors: tuple[int, ...]
+    digest: bytes
+    answers: dict[int, bytes] = field(default_factory=dict)
+
+    def waiting_for(self) -> frozenset[str]:
+        """Return the devices that still owe an answer."""
+        return self.inputs.cohort.names(frozenset(self.survivors) - self.answers.keys())
+
+
+@dataclass(frozen=True, slots=True)
+class GivenShares:
+    """The shares in one member's answer: limbs[i] belongs to owners[i], a roster position."""
+
+    owners: tuple[int, ...]
+    limbs: Limbs = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class CollectingShares:
+    """Waiting for the shares that unmask the total.
+
+    Attributes:
+        inputs: The total, and who shared keys.
+        survivors: U3, sorted positions.
+        asked: Positions asked for their shares.
+        answers: Position -> the shares it gave.
+    """
+
+    inputs: CollectingInputs
+    survivors: tuple[int, ...]
+    asked: frozenset[int]
+    answers: dict[int, GivenShares] = field(default_factory=dict, repr=False)
+
+    def waiting_for(self) -> frozenset[str]:
+        """Return the devices that still owe an answer."""
+        return self.inputs.cohort.names(self.asked - self.answers.keys())
+
+
+@dataclass(frozen=True, slots=True)
+class Unmasked:
+    """The sum over the survivors, and nothing about any one of them."""
+
+    total: bytearray = field(repr=False)
+
+    def waiting_for(self) -> frozenset[str]:
+        """Return nobody: the session is over."""
+        return frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Abandoned:
+    """The session ended without a sum; everything gathered is dropped.
+
+    Attributes:
+        reason: Short code.
+    """
+
+    reason: str
+
+    def waiting_for(self) -> frozenset[str]:
+        """Return nobody: the session is over."""
+        return frozenset()
+
+
+Stage: TypeAlias = (
+    AdvertisingKeys | SharingKeys | CollectingInputs | CheckingConsistency | CollectingShares | Unmasked | Abandoned
+)

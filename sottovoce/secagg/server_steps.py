@@ -1,0 +1,285 @@
+"""The server's steps, pure but for the answer they record: what a device's message must be, what a closed stage asks.
+
+A `take_*` function checks one message whole and only then records it, so a bad message changes nothing. A `close_*`
+function returns the next stage and what to ask of whom, or raises RoundAbandoned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+from sottovoce.errors import BadShare, MalformedMessage, RemoteProtocolError, RoundAbandoned
+from sottovoce.identity import Certificate
+from sottovoce.secagg import graph, keys, shamir
+from sottovoce.secagg.masks import MaskExpander
+from sottovoce.secagg.roster import check_advertisement, shape_of
+from sottovoce.secagg.server_stages import (
+    AdvertisingKeys,
+    Candidate,
+    CheckingConsistency,
+    Cohort,
+    CollectingInputs,
+    CollectingShares,
+    GivenShares,
+    SharingKeys,
+    Unmasked,
+)
+from sottovoce.secagg.transcript import DIGEST_BYTES, Agreement, commitment_to, survivors_digest
+from sottovoce.secagg.unmask import rebuild_secrets
+from sottovoce.wire.codec import Opened
+from sottovoce.wire.messages import (
+    AdvertiseKeys,
+    MaskedInput,
+    MaskedInputRequest,
+    Message,
+    Roster,
+    ShareKeys,
+    SurvivorsRequest,
+    SurvivorsSignature,
+    Unmasking,
+    UnmaskingRequest,
+)
+
+_CIPHERTEXT_BYTES = 2 * shamir.SHARE_BYTES + keys.TAG_BYTES
+_NextStage = TypeVar("_NextStage")
+
+
+def take_advertisement(agreement: Agreement, stage: AdvertisingKeys, opened: Opened[AdvertiseKeys]) -> None:
+    """Record a device's fresh keys.
+
+    Raises:
+        RemoteProtocolError: The device was not invited, or the advertisement binds something else.
+        MalformedMessage, LowOrderPoint: A key is not one.
+    """
+    if opened.certificate.name not in stage.expected:
+        raise RemoteProtocolError(f"{opened.certificate.name} was not invited to this session")
+    member = check_advertisement(agreement, opened)
+    stage.answers[member.device] = Candidate(member, opened.payload)
+
+
+def take_shares(agreement: Agreement, stage: SharingKeys, opened: Opened[ShareKeys]) -> None:
+    """Record a member's encrypted shares; what is inside them the server cannot see.
+
+    Raises:
+        MalformedMessage: Not one ciphertext of the right length for every neighbour, or no commitment.
+    """
+    message, position = opened.message, _position(stage.cohort, opened.certificate)
+    lengths = [len(ciphertext) for ciphertext in message.ciphertexts]
+    expected = [_CIPHERTEXT_BYTES] * stage.cohort.shape.neighbour_count
+    if lengths != expected or len(message.commitment) != DIGEST_BYTES:
+        raise MalformedMessage(f"{opened.certificate.name} did not send one ciphertext for every neighbour")
+    stage.answers[position] = message
+
+
+def take_announcement(agreement: Agreement, stage: CollectingInputs, opened: Opened[MaskedInput]) -> None:
+    """Record which vector a member will upload.
+
+    Raises:
+        RemoteProtocolError: The member has not shared keys in time.
+        MalformedMessage: The vector does not have the session's length.
+    """
+    position = _position(stage.cohort, opened.certificate)
+    if position not in stage.commitments:
+        raise RemoteProtocolError(f"{opened.certificate.name} did not share keys in time")
+    size = opened.message.vector.size
+    if size != agreement.parameters.vector_bytes:
+        raise MalformedMessage(f"{opened.certificate.name} announced {size} bytes, not the session's vector")
+    stage.announced[position] = opened.message.vector
+
+
+def take_signature(agreement: Agreement, stage: CheckingConsistency, opened: Opened[SurvivorsSignature]) -> None:
+    """Record a survivor's signature on the survivor set.
+
+    Raises:
+        RemoteProtocolError: The member is not a survivor, or signed something else.
+    """
+    position = _position(stage.inputs.cohort, opened.certificate)
+    if position not in stage.survivors or opened.message.survivors != stage.digest:
+        raise RemoteProtocolError(f"{opened.certificate.name} signed what it was not asked to sign")
+    stage.answers[position] = opened.payload
+
+
+def take_unmasking(agreement: Agreement, stage: CollectingShares, opened: Opened[Unmasking]) -> None:
+    """Record a survivor's shares.
+
+    Raises:
+        RemoteProtocolError: The member was not asked.
+        MalformedMessage: Not exactly the shares that the survivor set calls for.
+        BadShare: A share of the wrong length, or a limb out of range.
+    """
+    cohort, message = stage.inputs.cohort, opened.message
+    position = _position(cohort, opened.certificate)
+    if position not in stage.asked:
+        raise RemoteProtocolError(f"{opened.certificate.name} was not asked for shares")
+    survivors = frozenset(stage.survivors)
+    self_seeds = survivors.intersection(cohort.shape.share_holders(position))
+    mask_keys = (stage.inputs.commitments.keys() - survivors).intersection(cohort.shape.neighbours(position))
+    given = [owner for owner, _ in message.self_seed_shares], [owner for owner, _ in message.mask_key_shares]
+    if given != (sorted(self_seeds), sorted(mask_keys)):
+        raise MalformedMessage(f"{opened.certificate.name} did not give exactly the shares asked for")
+    owners, contents = zip(*message.self_seed_shares, *message.mask_key_shares, strict=True)
+    stage.answers[position] = GivenShares(owners, shamir.parse_shares(contents))
+
+
+def close_advertising(agreement: Agreement, stage: AdvertisingKeys) -> tuple[SharingKeys, dict[str, Message]]:
+    """Fix the roster: every member gets the leaves of all and the signed advertisements of its neighbours.
+
+    Raises:
+        RoundAbandoned: Too few devices advertised.
+    """
+    _require_enough(agreement, len(stage.answers), len(stage.answers), "advertised keys")
+    candidates = sorted(stage.answers.values(), key=lambda candidate: candidate.member.leaf)
+    members = tuple(candidate.member for candidate in candidates)
+    leaves = [member.leaf for member in members]
+    shape = shape_of(agreement, leaves)
+    cohort = Cohort(shape, members, {member.device: position for position, member in enumerate(members)})
+    joined = b"".join(leaves)
+    rosters: dict[str, Message] = {
+        member.device: Roster(
+            leaves=joined,
+            neighbours=shape.neighbour_count,
+            threshold=shape.threshold,
+            advertisements=tuple(candidates[neighbour].payload for neighbour in shape.neighbours(position)),
+        )
+        for position, member in enumerate(members)
+    }
+    return SharingKeys(cohort), rosters
+
+
+def close_sharing(agreement: Agreement, stage: SharingKeys) -> tuple[CollectingInputs, dict[str, Message]]:
+    """Forward the shares among those who shared keys; from here on nobody else's keys count.
+
+    Raises:
+        RoundAbandoned: Too few members shared keys.
+    """
+    cohort, answers = stage.cohort, stage.answers
+    _require_enough(agreement, len(answers), cohort.shape.members, "shared keys")
+    incoming: dict[int, dict[int, bytes]] = {position: {} for position in answers}
+    for sender in sorted(answers):
+        for recipient, ciphertext in zip(cohort.shape.neighbours(sender), answers[sender].ciphertexts, strict=True):
+            if recipient in incoming:
+                incoming[recipient][sender] = ciphertext
+    requests: dict[str, Message] = {
+        cohort.members[recipient].device: MaskedInputRequest(shares=tuple(shares.items()))
+        for recipient, shares in incoming.items()
+    }
+    commitments = {position: answer.commitment for position, answer in answers.items()}
+    return CollectingInputs(cohort, commitments, bytearray(agreement.parameters.vector_bytes)), requests
+
+
+def close_inputs(
+    agreement: Agreement, stage: CollectingInputs
+) -> tuple[CheckingConsistency | CollectingShares, dict[str, Message]]:
+    """Fix the survivor set: those whose whole vector is in the total. Unfinished uploads are out.
+
+    Raises:
+        RoundAbandoned: Too few vectors are in the total.
+    """
+    cohort, survivors = stage.cohort, tuple(sorted(stage.added))
+    _require_enough(agreement, len(survivors), cohort.shape.members, "sent their masked input")
+    if agreement.parameters.mode == "active":
+        digest = survivors_digest(survivors, session=cohort.shape.session)
+        request: Message = SurvivorsRequest(survivors=survivors)
+        checking = CheckingConsistency(stage, survivors, digest)
+        return checking, {cohort.members[position].device: request for position in survivors}
+    request = UnmaskingRequest(survivors=survivors, signatures=())
+    collecting = CollectingShares(stage, survivors, frozenset(survivors))
+    return collecting, {cohort.members[position].device: request for position in survivors}
+
+
+def close_consistency(agreement: Agreement, stage: CheckingConsistency) -> tuple[CollectingShares, dict[str, Message]]:
+    """Show every signer the signatures of t of its neighbours, and ask for the shares.
+
+    Raises:
+        RoundAbandoned: Some signer would not see t signatures of others.
+    """
+    cohort, signers = stage.inputs.cohort, frozenset(stage.answers)
+    requests: dict[str, Message] = {}
+    for position in sorted(signers):
+        beside = sorted(signers.intersection(cohort.shape.neighbours(position)))
+        if len(beside) < cohort.shape.threshold:
+            raise RoundAbandoned("too_few_signatures", f"{len(signers)} survivors signed the survivor set")
+        shown = tuple(stage.answers[other] for other in beside[: cohort.shape.threshold])
+        requests[cohort.members[position].device] = UnmaskingRequest(survivors=stage.survivors, signatures=shown)
+    if not requests:
+        raise RoundAbandoned("too_few_signatures", "no survivor signed the survivor set")
+    return CollectingShares(stage.inputs, stage.survivors, signers), requests
+
+
+def close_unmasking(agreement: Agreement, stage: CollectingShares) -> tuple[Unmasked, dict[str, Message]]:
+    """Rebuild the secrets that the survivor set calls for and take every mask off the total.
+
+    Raises:
+        RoundAbandoned: Too few shares, or shares that no subset makes right.
+    """
+    cohort = stage.inputs.cohort
+    if len(stage.answers) < cohort.shape.threshold:
+        needed = cohort.shape.threshold
+        raise RoundAbandoned("too_few_shares", f"{len(stage.answers)} members gave shares, {needed} are needed")
+    secrets = _rebuild(stage)
+    _take_masks_off(agreement, stage, secrets)
+    return Unmasked(stage.inputs.total), {}
+
+
+def _position(cohort: Cohort, sender: Certificate) -> int:
+    position = cohort.position_of.get(sender.name)
+    if position is None or cohort.members[position].certificate.fingerprint != sender.fingerprint:
+        raise RemoteProtocolError(f"{sender.name} is not in this session's roster with this certificate")
+    return position
+
+
+def _require_enough(agreement: Agreement, present: int, members: int, what: str) -> None:
+    needed = graph.survivors_needed(agreement.parameters, members)
+    if present < needed:
+        raise RoundAbandoned("too_few_devices", f"{present} devices {what}, {needed} are needed")
+
+
+def _rebuild(stage: CollectingShares) -> dict[int, bytes]:
+    """Return the self seed of every survivor and the mask key of every member that dropped out after sharing."""
+    cohort, inputs = stage.inputs.cohort, stage.inputs
+    points = cohort.shape.points(tuple(stage.answers))
+    answers = [(answer.owners, answer.limbs) for answer in stage.answers.values()]
+    given = dict(zip(points, answers, strict=True))
+    survivors = frozenset(stage.survivors)
+
+    def verify(owner: int, secret: bytes) -> None:
+        if owner in survivors:
+            found = commitment_to(secret, session=cohort.shape.session, position=owner)
+            expected = inputs.commitments[owner]
+        else:
+            found, expected = keys.key_pair(secret).public, cohort.members[owner].mask_key
+        if found != expected:
+            raise BadShare(f"the rebuilt secret of {cohort.members[owner].device} is not the one it committed to")
+
+    try:
+        return rebuild_secrets(
+            given,
+            owners=tuple(inputs.commitments),
+            threshold=cohort.shape.threshold,
+            verify=verify,
+            session=cohort.shape.session,
+        )
+    except BadShare as error:
+        raise RoundAbandoned("bad_shares", str(error)) from error
+
+
+def _take_masks_off(agreement: Agreement, stage: CollectingShares, secrets: Mapping[int, bytes]) -> None:
+    cohort, total = stage.inputs.cohort, stage.inputs.total
+    session, cipher = cohort.shape.session, agreement.parameters.cipher
+    expander, survivors = MaskExpander(agreement.parameters), frozenset(stage.survivors)
+    for owner, secret in secrets.items():
+        device = cohort.members[owner].device
+        if owner in survivors:
+            expander.subtract(total, keys.self_mask_key(secret, session=session, device=device, cipher=cipher))
+            continue
+        pair = keys.key_pair(secret)
+        for position in survivors.intersection(cohort.shape.neighbours(owner)):
+            peer = cohort.members[position]
+            lower, upper = (device, peer.device) if owner < position else (peer.device, device)
+            key = keys.pairwise_mask_key(
+                pair.agree(peer.mask_key), session=session, lower=lower, upper=upper, cipher=cipher
+            )
+            # The survivor added this stream if its position is the lower one, and subtracted it otherwise.
+            (expander.subtract if position < owner else expander.add)(total, key)
+    expander.erase()

@@ -1,0 +1,133 @@
+"""Shamir's secret sharing of 256-bit secrets over GF(65521), exact in float64.
+
+A secret is cut into LIMBS limbs of LIMB_BITS bits; each limb is shared on its own, and all limbs of all secrets share
+one matrix product. With t shares every product is below t * p^2 < 2^53, so float64 BLAS is exact.
+
+Symbols: p the prime 65521, t the threshold, x an evaluation point (1 to p - 1), V the Vandermonde matrix of the points.
+Reference: Shamir 1979; Bonawitz et al. 2017 (eprint 2017/281), section 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+from sottovoce.errors import BadShare, LocalProtocolError
+
+PRIME = 65521
+LIMBS = 18
+LIMB_BITS = 15
+SECRET_BYTES = 32
+SHARE_BYTES = LIMBS * 2
+_PAD_BITS = LIMBS * LIMB_BITS - SECRET_BYTES * 8
+_WIRE = np.dtype("<u2")
+_EXACT_BOUND = 2**53
+
+Limbs = npt.NDArray[np.uint16]
+Matrix = npt.NDArray[np.float64]
+
+
+def split(
+    secrets: Sequence[bytes], *, points: Sequence[int], threshold: int, entropy: Callable[[int], bytes]
+) -> list[list[bytes]]:
+    """Return, for every point, one share of every secret.
+
+    Args:
+        secrets: 32 bytes each.
+        points: Distinct evaluation points, 1 to p - 1.
+        threshold: t, shares that rebuild a secret; t - 1 say nothing about it.
+        entropy: Source of the polynomials' coefficients.
+
+    Returns:
+        `shares[i][j]`, SHARE_BYTES bytes: at `points[i]`, of `secrets[j]`.
+    """
+    constants = np.concatenate([_limbs_of(secret) for secret in secrets])
+    random = _uniform_below_prime((threshold - 1) * constants.size, entropy).reshape(threshold - 1, constants.size)
+    coefficients = np.concatenate([constants[None, :], random]).astype(np.float64)
+    values = np.mod(_vandermonde(tuple(points), threshold) @ coefficients, PRIME).astype(_WIRE)
+    rows = values.reshape(len(points), len(secrets), LIMBS)
+    return [[share.tobytes() for share in row] for row in rows]
+
+
+def parse_shares(contents: Sequence[bytes]) -> Limbs:
+    """Return the limbs of shares, shape (len(contents), LIMBS).
+
+    Raises:
+        BadShare: One does not have SHARE_BYTES bytes, or a limb is not below p.
+    """
+    if any(len(content) != SHARE_BYTES for content in contents):
+        raise BadShare(f"a share has {SHARE_BYTES} bytes, and one has not")
+    limbs = np.frombuffer(b"".join(contents), _WIRE).reshape(len(contents), LIMBS)
+    if limbs.size and int(limbs.max()) >= PRIME:
+        raise BadShare(f"a limb of a share is not below {PRIME}")
+    return limbs
+
+
+def interpolate(points: Sequence[int], shares: Limbs) -> Limbs:
+    """Return the limbs at x = 0 of many secrets whose shares lie at the same points: one matrix product.
+
+    Args:
+        points: t distinct evaluation points.
+        shares: Limbs of shares, shape (t, secrets, LIMBS), or (t, anything).
+    """
+    flat = shares.reshape(len(points), -1).astype(np.float64)
+    return np.mod(_lagrange_at_zero(tuple(points)) @ flat, PRIME).astype(np.uint16).reshape(shares.shape[1:])
+
+
+def secret_of(limbs: Limbs) -> bytes:
+    """Return the secret that rebuilt `limbs` spell, 32 bytes.
+
+    Raises:
+        BadShare: A limb has more than LIMB_BITS bits or a pad bit is set: some share was wrong.
+    """
+    if int(limbs.max()) >> LIMB_BITS:
+        raise BadShare("a rebuilt limb is out of range: some share is wrong")
+    number = sum(int(limb) << (LIMB_BITS * index) for index, limb in enumerate(limbs))
+    if number >> (SECRET_BYTES * 8):
+        raise BadShare(f"one of the {_PAD_BITS} pad bits of a rebuilt secret is set: some share is wrong")
+    return number.to_bytes(SECRET_BYTES, "little")
+
+
+def _limbs_of(secret: bytes) -> Limbs:
+    if len(secret) != SECRET_BYTES:
+        raise LocalProtocolError(f"a shared secret has {SECRET_BYTES} bytes, not {len(secret)}")
+    number = int.from_bytes(secret, "little")
+    return np.array([number >> (LIMB_BITS * i) & (2**LIMB_BITS - 1) for i in range(LIMBS)], np.uint16)
+
+
+def _uniform_below_prime(count: int, entropy: Callable[[int], bytes]) -> Limbs:
+    """Return `count` uniform values below p, by rejecting 16-bit words that are not."""
+    accepted = np.empty(0, np.uint16)
+    while accepted.size < count:
+        words = np.frombuffer(entropy(2 * (count - accepted.size)), _WIRE)
+        accepted = np.concatenate([accepted, words[words < PRIME]])
+    return accepted
+
+
+@lru_cache(maxsize=16)
+def _vandermonde(points: tuple[int, ...], threshold: int) -> Matrix:
+    if threshold * PRIME**2 >= _EXACT_BOUND:
+        raise LocalProtocolError(f"a threshold of {threshold} is too large for exact float64 arithmetic")
+    base = np.array(points, np.int64)
+    matrix = np.ones((len(points), threshold), np.int64)
+    for column in range(1, threshold):
+        matrix[:, column] = matrix[:, column - 1] * base % PRIME
+    return matrix.astype(np.float64)
+
+
+@lru_cache(maxsize=16)
+def _lagrange_at_zero(points: tuple[int, ...]) -> Matrix:
+    """Return the weights w with f(0) = sum of w_j f(x_j) for every polynomial f of degree below the points' number."""
+    if len(set(points)) != len(points) or not all(0 < x < PRIME for x in points):
+        raise LocalProtocolError("evaluation points must be distinct and from 1 to p - 1")
+    x = np.array(points, np.int64)
+    numerator, denominator = np.ones_like(x), np.ones_like(x)
+    for index, point in enumerate(points):
+        others = np.arange(x.size) != index
+        numerator[others] = numerator[others] * point % PRIME
+        denominator[others] = denominator[others] * (point - x[others]) % PRIME
+    inverse = np.array([pow(int(value), -1, PRIME) for value in denominator], np.int64)
+    return (numerator * inverse % PRIME).astype(np.float64)

@@ -1,0 +1,477 @@
+"""The machine: what the table does not allow is refused, and the rules that stand above the table."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from typing import Any, get_args
+
+import pytest
+
+from edge_agent.effects import (
+    AdvanceRound,
+    BlobFetched,
+    Contribution,
+    ContributionLoaded,
+    Entry,
+    Event,
+    FetchPlan,
+    ForgetPending,
+    LocalFacts,
+    PlanFetched,
+    Remember,
+    Send,
+    Settle,
+    Spend,
+    StopWork,
+    WorkFinished,
+)
+from edge_agent.participation import GRACE_MS, Participation, code_of
+from edge_agent.policy import Policy
+from edge_agent.steps import (
+    IN_SESSION,
+    STEPS,
+    TAKING_PART,
+    Advertised,
+    AwaitingOutcome,
+    CheckedIn,
+    Device,
+    Fetching,
+    Idle,
+    Opening,
+    OpenRound,
+    Sharing,
+    State,
+    Uploaded,
+    Uploading,
+    Waiting,
+    Watching,
+    Working,
+)
+from sottovoce.errors import (
+    BadExamples,
+    ConfigError,
+    PolicyRefusal,
+    RemoteProtocolError,
+    Replayed,
+    RoundAbandoned,
+    UnexpectedMessage,
+)
+from sottovoce.identity import SignedContext
+from sottovoce.plan import blob_ref, canonical, digest_of
+from sottovoce.wire.codec import ALL, Opened
+from sottovoce.wire.messages import (
+    COORDINATOR_MESSAGES,
+    AdvertiseKeysRequest,
+    Announcement,
+    CheckIn,
+    MaskedInputRequest,
+    Message,
+    NotSelected,
+    Outcome,
+    Ready,
+    Roster,
+    RoundOver,
+    Selected,
+    SurvivorsRequest,
+    UnmaskingRequest,
+    UploadSlot,
+    Withdraw,
+)
+
+NOW = 1_780_000_000_000
+SESSION = b"s" * 32
+STATES = get_args(State)
+EVENTS: dict[type[Event], Event] = {
+    BlobFetched: BlobFetched(b"d" * 32),
+    WorkFinished: WorkFinished(),
+    ContributionLoaded: ContributionLoaded(Contribution({}, 1)),
+}
+
+
+class FakeSession:
+    """Stands in for a ClientSession: remembers only whether its secrets were dropped."""
+
+    session_id = SESSION
+    masked_vector = bytearray(100)
+
+    def __init__(self) -> None:
+        self.aborted = False
+
+    def abort(self) -> None:
+        self.aborted = True
+
+
+@dataclasses.dataclass
+class Machine:
+    """A participation in any state, and messages that fit it."""
+
+    participation: Participation
+    plan: Any
+    parameters: Any
+    state_ref: Any
+    certificate: Any
+
+    def entry(self, *, session: bytes = b"") -> Entry:
+        return Entry(b"a" * 32, "coordinator", "digits", b"p" * 32, 3, 1, "r7", session)
+
+    def open_round(self, *, session: bytes = b"") -> OpenRound:
+        return OpenRound(self.entry(session=session), self.announcement(), self.plan, NOW + 1_000_000)
+
+    def announcement(self, *, now_ms: int = NOW, plan: Any = None) -> Announcement:
+        return Announcement(
+            certificate=b"",
+            previous=bytes(32),
+            plan=blob_ref(canonical(plan or self.plan)),
+            state=self.state_ref,
+            now_ms=now_ms,
+            selection_closes_ms=now_ms + 10_000,
+            rendezvous_ms=now_ms + 60_000,
+            rendezvous_closes_ms=now_ms + 90_000,
+        )
+
+    def put(self, kind: type[State]) -> State:
+        """Put the participation into a state of that kind."""
+        round_, spent = self.open_round(), self.open_round(session=SESSION)
+        session: Any = FakeSession()
+        made: dict[type[State], Callable[[], State]] = {
+            Idle: Idle,
+            Watching: lambda: Watching(self.entry(), "for a test"),
+            CheckedIn: lambda: CheckedIn(round_),
+            Fetching: lambda: Fetching(round_, frozenset({b"d" * 32})),
+            Working: lambda: Working(round_),
+            Waiting: lambda: Waiting(round_),
+            Opening: lambda: Opening(round_, self.parameters),
+            Advertised: lambda: Advertised(round_, session, 5),
+            Sharing: lambda: Sharing(round_, session, 5, 4),
+            Uploading: lambda: Uploading(spent, session, blob_ref(bytes(100), chunk_bytes=10)),
+            Uploaded: lambda: Uploaded(spent, session),
+            AwaitingOutcome: lambda: AwaitingOutcome(self.entry(session=SESSION), NOW + 1_000_000),
+        }
+        self.participation.state = made[kind]()
+        return self.participation.state
+
+    def message(self, kind: type[Message]) -> Message:
+        made: dict[type[Message], Callable[[], Message]] = {
+            Announcement: self.announcement,
+            Outcome: lambda: Outcome(b"", b"a" * 32, False, "late", (), self.state_ref, NOW),
+            Selected: lambda: Selected("r7", NOW),
+            NotSelected: lambda: NotSelected(NOW),
+            AdvertiseKeysRequest: lambda: AdvertiseKeysRequest(self.parameters),
+            Roster: lambda: Roster(bytes(96), 2, 2, ()),
+            MaskedInputRequest: lambda: MaskedInputRequest(()),
+            UploadSlot: lambda: UploadSlot(bytes(2), False),
+            SurvivorsRequest: lambda: SurvivorsRequest((0, 1)),
+            UnmaskingRequest: lambda: UnmaskingRequest((0, 1), ()),
+            RoundOver: lambda: RoundOver("late"),
+        }
+        return made[kind]()
+
+    def opened(self, message: Message, *, payload: bytes = b"x", **changes: Any) -> Opened[Any]:
+        published = isinstance(message, Announcement | Outcome)
+        before = isinstance(message, Selected | NotSelected | AdvertiseKeysRequest | Roster | RoundOver) or published
+        sessions = isinstance(self.participation.state, (*IN_SESSION, AwaitingOutcome))
+        context = SignedContext(
+            "coordinator",
+            ALL if published else "pi-0",
+            "choir",
+            3,
+            1,
+            SESSION if sessions and not before else bytes(32),
+        )
+        return Opened(message, self.certificate, dataclasses.replace(context, **changes), payload)
+
+    def receive(self, message: Message, now: int = NOW, **changes: Any) -> list[Any]:
+        return self.participation.receive(self.opened(message, **changes), now)
+
+
+@pytest.fixture
+def machine(motionless_world: Any) -> Machine:
+    world = motionless_world
+    setup = world.setup("pi-0")
+    device = Device(
+        identity=setup.identity,
+        anchor=setup.anchor,
+        policy=Policy(minimum_cohort=3, minimum_honest_survivors=2),
+        entropy=lambda count: bytes(count),
+    )
+    coordinator = world.coordinator
+    return Machine(
+        Participation(device),
+        coordinator.plan,
+        coordinator.parameters(),
+        blob_ref(coordinator.state_bytes),
+        coordinator.identity.certificate,
+    )
+
+
+PAIRS = [(state, kind) for state, kind in itertools.product(STATES, COORDINATOR_MESSAGES) if kind is not Announcement]
+
+
+@pytest.mark.parametrize(
+    ("state", "kind"),
+    [pair for pair in PAIRS if pair not in STEPS],
+    ids=lambda each: each.__name__,
+)
+def test_what_the_table_does_not_allow_ends_the_part_in_the_round(
+    machine: Machine, state: type[State], kind: type[Message]
+) -> None:
+    before = machine.put(state)
+    if state not in TAKING_PART:
+        with pytest.raises(UnexpectedMessage):
+            machine.receive(machine.message(kind))
+        assert machine.participation.state is before
+        return
+    effects = machine.receive(machine.message(kind))
+    after = machine.participation.state
+    assert isinstance(after, AwaitingOutcome if state in (Uploading, Uploaded) else Watching)
+    assert [e.message for e in effects if isinstance(e, Send)] == [Withdraw("unexpected")]
+    if state in IN_SESSION:
+        assert before.session.aborted
+    if state is Working:
+        assert StopWork() in effects
+
+
+@pytest.mark.parametrize(
+    ("state", "kind"),
+    [pair for pair in itertools.product(STATES, EVENTS) if pair not in STEPS],
+    ids=lambda each: each.__name__,
+)
+def test_an_event_that_comes_too_late_changes_nothing(machine: Machine, state: type[State], kind: type[Event]) -> None:
+    before = machine.put(state)
+    assert machine.participation.report(EVENTS[kind], NOW) == []
+    assert machine.participation.state is before
+
+
+def test_every_state_and_every_message_is_in_the_table() -> None:
+    assert {state for state, _ in STEPS} == set(STATES)
+    assert {kind for _, kind in STEPS} == {*COORDINATOR_MESSAGES, *EVENTS} - {Announcement}
+
+
+@pytest.mark.parametrize("state", STATES, ids=lambda each: each.__name__)
+@pytest.mark.parametrize(
+    "changes",
+    [{"sender": "stranger"}, {"round": 2}, {"attempt": 0}, {"session": b"o" * 32}],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_messages_of_others_change_nothing(machine: Machine, state: type[State], changes: dict[str, Any]) -> None:
+    before = machine.put(state)
+    for kind in COORDINATOR_MESSAGES:
+        if kind in (Announcement, Outcome):
+            continue
+        with pytest.raises((Replayed, UnexpectedMessage)):
+            machine.receive(machine.message(kind), **changes)
+        assert machine.participation.state is before
+
+
+def test_an_outcome_of_another_round_changes_nothing(machine: Machine) -> None:
+    before = machine.put(Sharing)
+    outcome = Outcome(b"", b"other".ljust(32), True, "", (), machine.state_ref, NOW)
+    effects = machine.receive(outcome)
+    assert machine.participation.state is before
+    assert not [e for e in effects if isinstance(e, Send | Settle | AdvanceRound)]
+
+
+def test_an_exact_repeat_changes_nothing_and_is_not_answered(machine: Machine) -> None:
+    machine.put(Waiting)
+    request = machine.message(AdvertiseKeysRequest)
+    machine.receive(request)
+    opening = machine.participation.state
+    assert machine.receive(request) == []
+    assert machine.participation.state is opening
+
+
+def announce(machine: Machine, *, plan: Any = None, payload: bytes = b"e", now: int = NOW, **changes: Any) -> list[Any]:
+    return machine.receive(machine.announcement(plan=plan), payload=payload, now=now, **changes)
+
+
+def plan_arrives(machine: Machine, plan: Any = None, *, now: int = NOW, **facts: Any) -> list[Any]:
+    known = LocalFacts(**{"last_round": None, "releases": 0, "examples": 9, **facts})
+    return machine.participation.report(PlanFetched(canonical(plan or machine.plan), known), now)
+
+
+def sent(effects: list[Any]) -> list[Message]:
+    return [effect.message for effect in effects if isinstance(effect, Send)]
+
+
+def test_an_announcement_is_answered_when_its_plan_is_known(machine: Machine) -> None:
+    assert any(isinstance(effect, FetchPlan) for effect in announce(machine))
+    assert machine.participation.deciding
+    (check_in,) = sent(plan_arrives(machine))
+    assert isinstance(check_in, CheckIn)
+    assert check_in.announcement == digest_of(b"e")
+    assert not machine.participation.deciding
+
+
+@pytest.mark.parametrize(("last", "joins"), [((2, 7), True), ((3, 0), True), ((3, 1), False), ((4, 0), False)])
+def test_only_rounds_newer_than_the_finished_ones_are_joined(
+    machine: Machine, last: tuple[int, int], joins: bool
+) -> None:
+    announce(machine)
+    assert bool(sent(plan_arrives(machine, last_round=last))) is joins
+
+
+def test_a_replayed_announcement_does_not_end_the_current_round(machine: Machine) -> None:
+    before = machine.put(Sharing)
+    announce(machine, payload=b"older", round=2)
+    assert sent(plan_arrives(machine)) == []
+    assert machine.participation.state is before
+
+
+def test_a_newer_announcement_ends_the_current_round(machine: Machine) -> None:
+    before = machine.put(Uploading)
+    announce(machine, payload=b"newer", round=4, attempt=0)
+    effects = plan_arrives(machine)
+    assert before.session.aborted
+    assert Settle(SESSION, "unknown") in effects
+    assert isinstance(machine.participation.state, CheckedIn)
+
+
+def test_the_same_announcement_is_answered_once(machine: Machine) -> None:
+    announce(machine)
+    plan_arrives(machine)
+    assert not [e for e in announce(machine) if isinstance(e, FetchPlan)]
+
+
+@pytest.mark.parametrize(
+    ("facts", "code"), [({"examples": 0}, "bad_examples"), ({"releases": 2}, "policy")], ids=["examples", "releases"]
+)
+def test_what_is_known_in_advance_withdraws_at_once(machine: Machine, facts: dict[str, int], code: str) -> None:
+    announce(machine)
+    assert sent(plan_arrives(machine, **facts)) == [Withdraw(code)]
+    assert isinstance(machine.participation.state, Watching)
+
+
+def test_a_plan_of_another_fleet_is_refused(machine: Machine) -> None:
+    foreign = type(machine.plan)(
+        **{f: getattr(machine.plan, f) for f in machine.plan.__struct_fields__} | {"fleet": "x"}
+    )
+    announce(machine, plan=foreign)
+    assert sent(plan_arrives(machine, foreign)) == [Withdraw("policy")]
+
+
+def test_a_plan_that_is_none_is_refused(machine: Machine) -> None:
+    announcement = machine.announcement()
+    broken = type(announcement)(
+        **{f: getattr(announcement, f) for f in announcement.__struct_fields__} | {"plan": blob_ref(b"junk")}
+    )
+    machine.receive(broken, payload=b"e")
+    facts = LocalFacts(None, 0, 0)
+    assert sent(machine.participation.report(PlanFetched(b"junk", facts), NOW)) == [Withdraw("bad_plan")]
+
+
+def test_a_stopped_device_goes_on_with_its_route(machine: Machine) -> None:
+    entry = Entry(digest_of(b"e"), "coordinator", "digits", machine.plan.program.digest, 3, 1, "r7")
+    machine.participation = Participation(machine.participation.device, entry=entry)
+    announce(machine)
+    assert sent(plan_arrives(machine)) == []
+    assert isinstance(machine.participation.state, Fetching)
+    assert machine.participation.state.round.entry.route == "r7"
+
+
+def test_a_device_that_was_cut_off_after_masking_only_waits_for_the_outcome(machine: Machine) -> None:
+    machine.participation = Participation(machine.participation.device, entry=machine.entry(session=SESSION))
+    effects = machine.receive(machine.message(Outcome))
+    assert Settle(SESSION, "abandoned") in effects
+    assert Remember(None) in effects
+
+
+def test_an_outcome_settles_the_ledger_for_survivors_only(machine: Machine) -> None:
+    for survivors, settled in ((("pi-0", "pi-1"), "committed"), (("pi-1",), "abandoned")):
+        machine.put(AwaitingOutcome)
+        effects = machine.receive(Outcome(b"", b"a" * 32, True, "", survivors, machine.state_ref, NOW))
+        assert Settle(SESSION, settled) in effects
+
+
+def test_masked_bytes_leave_only_after_the_update_is_erased_and_written_down(world: Any) -> None:
+    devices = world.fleet(4)
+    world.train(devices)
+    performed: list[str] = []
+    agent = world.agents["pi-0"]
+    perform = agent._perform
+    agent._perform = lambda effects: (performed.extend(_label(e) for e in effects), perform(effects))[1]
+    world.run_rendezvous(devices)
+    erased, spent, masked = (
+        performed.index(label) for label in (ForgetPending.__name__, Spend.__name__, "MaskedInput")
+    )
+    assert erased < spent < masked
+
+
+def _label(effect: Any) -> str:
+    return type(effect.message if isinstance(effect, Send) else effect).__name__
+
+
+# --- resending --------------------------------------------------------------------------------------------------------
+
+
+def test_a_question_is_repeated_until_it_is_answered(machine: Machine) -> None:
+    participation = machine.participation
+    announce(machine)
+    (check_in,) = sent(plan_arrives(machine))
+    now, waits = NOW, []
+    for _ in range(6):
+        due = participation.next_wakeup_ms()
+        assert due is not None
+        assert participation.tick(due - 1) == []
+        waits.append(due - now)
+        now = due
+        assert sent(participation.tick(now)) == [check_in]
+    # Entropy is all zeros here, which is the shortest jitter: 80 %.
+    assert waits == [4_000, 8_000, 16_000, 24_000, 24_000, 24_000]
+    machine.participation.receive(machine.opened(Selected("r7", NOW)), now)
+    assert not isinstance(participation.state, CheckedIn)
+    assert sent(participation.tick(now + 40_000)) == []
+
+
+def test_a_reconnect_repeats_at_once(machine: Machine) -> None:
+    announce(machine)
+    question = sent(plan_arrives(machine))
+    assert sent(machine.participation.connected(NOW + 10)) == question
+
+
+def test_chunks_in_flight_are_forgotten_when_masked_input_is_repeated(machine: Machine) -> None:
+    machine.put(Uploading)
+    first = machine.receive(UploadSlot(bytes(2), False))
+    assert [effect.index for effect in first] == [0, 1]
+    assert machine.receive(UploadSlot(bytes(2), False)) == []
+    third = machine.receive(UploadSlot(bytes([0b1, 0]), False))
+    assert [effect.index for effect in third] == [2]
+    machine.participation._due = machine.participation._schedule(
+        machine.open_round(session=SESSION).send(Ready(True)), 5_000, NOW
+    )
+    machine.participation.connected(NOW)
+    again = machine.receive(UploadSlot(bytes([0b1, 0]), False))
+    assert [effect.index for effect in again] == [1, 2]
+
+
+def test_a_silent_round_is_given_up(machine: Machine) -> None:
+    announce(machine)
+    plan_arrives(machine)
+    closes = NOW + 90_000 + GRACE_MS
+    machine.participation.tick(closes - 1)
+    assert isinstance(machine.participation.state, CheckedIn)
+    machine.participation.tick(closes)
+    assert isinstance(machine.participation.state, Watching)
+    assert machine.participation.next_wakeup_ms() is None
+
+
+def test_the_coordinators_time_is_never_before_what_it_signed(machine: Machine) -> None:
+    in_1970 = 12_345
+    machine.participation.receive(machine.opened(machine.announcement(), payload=b"e"), in_1970)
+    assert machine.participation.coordinator_ms(in_1970 + 500) == NOW + 500
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (PolicyRefusal("rule", "detail"), "policy"),
+        (BadExamples("none"), "bad_examples"),
+        (RoundAbandoned("late"), "late"),
+        (RemoteProtocolError("no"), "protocol"),
+        (ConfigError("no"), "bad_plan"),
+    ],
+    ids=lambda each: type(each).__name__ if isinstance(each, Exception) else each,
+)
+def test_errors_are_told_by_code_only(error: Any, code: str) -> None:
+    assert code_of(error) == code

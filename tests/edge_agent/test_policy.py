@@ -1,0 +1,112 @@
+"""The owner's policy: every rule refuses, with its name, exactly what it is there for."""
+
+import msgspec
+import pytest
+
+from edge_agent.policy import Policy, check_plan, client_terms
+from sottovoce.errors import ConfigError, PolicyRefusal
+from sottovoce.plan import Aggregation, Counted, LocalWork, Plan, PrivacyTerms, Quantised, blob_ref
+
+NOW_S = 1_800_000_000.0
+
+
+def plan(name="digits", collection="digits", aggregations=None, **terms) -> Plan:
+    privacy = {"purpose": "read handwriting", "minimum_cohort": 12, "weight_cap": 100} | terms
+    return Plan(
+        fleet="clinic",
+        name=name,
+        collection=collection,
+        program=blob_ref(b"program"),
+        work=LocalWork(),
+        aggregations=aggregations or (update(1.0),),
+        privacy=PrivacyTerms(**privacy),
+    )
+
+
+def update(clip: float | None) -> Aggregation:
+    return Aggregation(
+        name="delta",
+        tensors=("float32[3]",),
+        encoding=Quantised(half_range=1.0, bits=16),
+        weighted=True,
+        clip_norm=clip,
+    )
+
+
+COUNT = Aggregation(name="correct", tensors=("float32[1]",), encoding=Counted(maximum=9), lane="uint64")
+
+
+def test_the_default_policy_allows_an_ordinary_plan() -> None:
+    check_plan(Policy(), plan(), NOW_S)
+
+
+@pytest.mark.parametrize(
+    ("policy", "allowed"),
+    [
+        (Policy(collections=("digits", "steps")), plan()),
+        (Policy(plans=("digits",)), plan()),
+        (Policy(refused_plans=("other",)), plan()),
+        (Policy(minimum_cohort=12), plan(minimum_cohort=12)),
+        (Policy(minimum_cohort=3, minimum_honest_survivors=2), plan(minimum_cohort=3)),
+        (Policy(max_weight=100), plan(weight_cap=100)),
+        (Policy(max_clip_norm=1.0), plan(aggregations=(update(1.0), COUNT))),
+        (Policy(), plan(aggregations=(update(None),))),
+        (Policy(), plan(expires_unix_s=int(NOW_S))),
+    ],
+)
+def test_allows_at_the_limit(policy: Policy, allowed: Plan) -> None:
+    check_plan(policy, allowed, NOW_S)
+
+
+@pytest.mark.parametrize(
+    ("rule", "policy", "refused", "text"),
+    [
+        ("paused", Policy(paused=True), plan(), "policy.paused = false"),
+        ("collections", Policy(collections=("steps",)), plan(), "'digits'"),
+        ("collections", Policy(collections=()), plan(), "'digits'"),
+        ("plans", Policy(plans=("steps",)), plan(), "'digits'"),
+        ("refused_plans", Policy(plans=("digits",), refused_plans=("digits",)), plan(), "'digits'"),
+        ("purpose", Policy(), plan(purpose=""), "what it is for"),
+        ("purpose", Policy(), plan(purpose=" \n"), "what it is for"),
+        ("expired", Policy(), plan(expires_unix_s=int(NOW_S) - 60), "expired 60 s ago"),
+        ("minimum_cohort", Policy(), plan(minimum_cohort=9), "sums of 9 devices; this device asks for at least 10"),
+        ("minimum_cohort", Policy(minimum_cohort=3), plan(minimum_cohort=2), "at least 3"),
+        ("noise", Policy(), plan(noise_multiplier=0.5), "0.5"),
+        ("noise", Policy(), plan(noise_multiplier=float("nan")), "nan"),
+        ("max_weight", Policy(max_weight=99), plan(), "up to 100 examples of a device; this one allows 99"),
+        ("max_clip_norm", Policy(max_clip_norm=0.5), plan(), "clipped to 1; this device asks for 0.5"),
+        ("max_clip_norm", Policy(max_clip_norm=0.5), plan(aggregations=(update(None),)), "is not clipped"),
+    ],
+)
+def test_refuses_with_the_rule_and_the_numbers(rule: str, policy: Policy, refused: Plan, text: str) -> None:
+    with pytest.raises(PolicyRefusal, match=text) as refusal:
+        check_plan(policy, refused, NOW_S)
+    assert refusal.value.rule == rule
+
+
+def test_the_floor_holds_even_against_a_policy_that_was_never_checked() -> None:
+    broken = Policy()
+    object.__setattr__(broken, "minimum_cohort", 1)
+    with pytest.raises(PolicyRefusal, match="at least 3"):
+        check_plan(broken, plan(minimum_cohort=2), NOW_S)
+
+
+def test_a_policy_itself_refuses_the_impossible() -> None:
+    for wrong in ({"minimum_cohort": 2}, {"minimum_honest_survivors": 1}, {"modes": ()}, {"threads": 0}):
+        with pytest.raises(ConfigError, match=f"policy.{next(iter(wrong))}"):
+            Policy(**wrong)
+
+
+def test_the_session_gets_the_owners_terms() -> None:
+    terms = client_terms(
+        Policy(minimum_cohort=7, minimum_honest_survivors=4, modes=("curious", "active"), minimum_corrupt_share_bp=1000)
+    )
+    assert (terms.minimum_cohort, terms.minimum_honest_survivors) == (7, 4)
+    assert terms.modes == ("curious", "active")
+    assert terms.minimum_corrupt_share_bp == 1000
+
+
+def test_no_limit_loosens_when_a_plan_is_sent_and_parsed_again() -> None:
+    sent = msgspec.msgpack.decode(msgspec.msgpack.encode(plan(minimum_cohort=9)), type=Plan)
+    with pytest.raises(PolicyRefusal):
+        check_plan(Policy(), sent, NOW_S)

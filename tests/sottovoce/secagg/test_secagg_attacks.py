@@ -1,0 +1,626 @@
+"""A lying server, broker or peer against the real device, and lying devices against the real server.
+
+Every attack ends in a named error; the device drops its secrets, the server keeps its state.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import pytest
+
+from sottovoce.errors import (
+    BadBlob,
+    BadCertificate,
+    BadShare,
+    BadSignature,
+    ConfigError,
+    ConflictingMessage,
+    CryptoError,
+    Equivocation,
+    LocalProtocolError,
+    LowOrderPoint,
+    MalformedMessage,
+    PolicyRefusal,
+    RemoteProtocolError,
+    Replayed,
+    RoundAbandoned,
+    SottovoceError,
+    UnexpectedMessage,
+)
+from sottovoce.identity import SignedContext
+from sottovoce.plan import blob_ref
+from sottovoce.secagg import keys, shamir
+from sottovoce.secagg.client import ClientTerms
+from sottovoce.secagg.client_stages import Aborted, Revealed
+from sottovoce.secagg.roster import check_advertisement
+from sottovoce.secagg.server_stages import (
+    Abandoned,
+    Candidate,
+    CheckingConsistency,
+    CollectingInputs,
+    CollectingShares,
+    SharingKeys,
+    Unmasked,
+)
+from sottovoce.secagg.transcript import survivors_digest
+from sottovoce.wire.codec import parse, seal
+from sottovoce.wire.messages import (
+    AdvertiseKeys,
+    MaskedInput,
+    MaskedInputRequest,
+    Roster,
+    SurvivorsRequest,
+    SurvivorsSignature,
+    Unmasking,
+    UnmaskingRequest,
+)
+
+replace = msgspec.structs.replace
+Change = Callable[[Any, Any], Any]
+
+
+def assert_refused(client: Any, request: Any, error: type[SottovoceError], match: str | None = None) -> None:
+    """The device refuses `request` by exactly this kind of error, and is then empty."""
+    with pytest.raises(error, match=match):
+        client.receive(request)
+    assert isinstance(client.stage, Aborted)
+    assert client.masked_vector is None
+    with pytest.raises(UnexpectedMessage):
+        client.receive(request)
+
+
+# --- the roster -------------------------------------------------------------------------------------------------------
+
+
+def swap_first_two(roster: Roster, _: Any) -> Roster:
+    first, second, *rest = roster.advertisements
+    return replace(roster, advertisements=(second, first, *rest))
+
+
+def tampered(roster: Roster, _: Any) -> Roster:
+    """A broker that swaps a key inside a signed advertisement."""
+    first, *rest = roster.advertisements
+    key = msgspec.msgpack.decode(parse(first).body, type=AdvertiseKeys).mask_key
+    return replace(roster, advertisements=(first.replace(key, b"k" * 32), *rest))
+
+
+def reissued(message_changes: dict[str, Any], context_changes: dict[str, Any], *, keep_leaf: bool = True) -> Change:
+    """A corrupt member that signs another advertisement for the same leaf."""
+
+    def change(roster: Roster, rehearsal: Any) -> Roster:
+        envelope = parse(roster.advertisements[0])
+        advertisement = msgspec.msgpack.decode(envelope.body, type=AdvertiseKeys)
+        context = {name: getattr(envelope.context, name) for name in SignedContext.__dataclass_fields__}
+        identity = rehearsal.fleet.identities[envelope.sender]
+        payload = seal(
+            replace(advertisement, **message_changes), identity, SignedContext(**(context | context_changes))
+        )
+        return replace(roster, advertisements=(payload, *roster.advertisements[1:]))
+
+    return change
+
+
+ROSTERS: dict[str, tuple[Change, type[SottovoceError]]] = {
+    "threshold lowered": (lambda r, _: replace(r, threshold=r.threshold - 1), RemoteProtocolError),
+    "threshold raised": (lambda r, _: replace(r, threshold=r.threshold + 1), RemoteProtocolError),
+    "fewer neighbours": (lambda r, _: replace(r, neighbours=r.neighbours - 1), RemoteProtocolError),
+    "leaves not sorted": (lambda r, _: replace(r, leaves=r.leaves[32:] + r.leaves[:32]), MalformedMessage),
+    "a leaf twice": (lambda r, _: replace(r, leaves=r.leaves[:32] + r.leaves), MalformedMessage),
+    "half a leaf": (lambda r, _: replace(r, leaves=r.leaves[:-1]), MalformedMessage),
+    "no leaves": (lambda r, _: replace(r, leaves=b""), MalformedMessage),
+    "an advertisement missing": (lambda r, _: replace(r, advertisements=r.advertisements[1:]), MalformedMessage),
+    "advertisements swapped": (swap_first_two, RemoteProtocolError),
+    "not an envelope": (lambda r, _: replace(r, advertisements=(b"?", *r.advertisements[1:])), MalformedMessage),
+    "a key swapped by the broker": (tampered, BadSignature),
+    "another model for this victim": (reissued({"state": b"z" * 32}, {}), RemoteProtocolError),
+    "another plan": (reissued({"plan": b"z" * 32}, {}), RemoteProtocolError),
+    "other parameters": (reissued({"parameters": b"z" * 32}, {}), RemoteProtocolError),
+    "an advertisement of another round": (reissued({}, {"round": 6}), Replayed),
+    "an advertisement of another attempt": (reissued({}, {"attempt": 0}), Replayed),
+    "an advertisement of another session": (reissued({}, {"session": b"x" * 32}), Replayed),
+    "an advertisement for another coordinator": (reissued({}, {"recipient": "impostor"}), Replayed),
+    "a low-order mask key": (reissued({"mask_key": bytes(32)}, {}), LowOrderPoint),
+    "a low-order channel key": (reissued({"channel_key": b"\1" + bytes(31)}, {}), LowOrderPoint),
+    "a short key": (reissued({"mask_key": bytes(31)}, {}), MalformedMessage),
+    "a short nonce": (reissued({"nonce": bytes(31)}, {}), MalformedMessage),
+    "fresh keys for an old leaf": (reissued({"mask_key": b"m" * 32}, {}), RemoteProtocolError),
+}
+
+
+@pytest.mark.parametrize("name", ROSTERS)
+def test_a_roster_that_lies_is_refused(fleet: Any, name: str) -> None:
+    change, error = ROSTERS[name]
+    rehearsal = fleet.rehearse(6)
+    requests = rehearsal.run_until(SharingKeys)
+    device = rehearsal.devices[0]
+    assert_refused(rehearsal.clients[device], change(requests[device], rehearsal), error)
+
+
+def test_an_advertisement_is_good_for_one_roster_only(fleet: Any) -> None:
+    rehearsal = fleet.rehearse(6)
+    requests = rehearsal.run_until(SharingKeys)
+    device = rehearsal.devices[0]
+    rehearsal.answer(device, requests[device])
+    other_server = fleet.server(rehearsal.devices[:5], fleet.parameters())
+    for name in rehearsal.devices[:5]:
+        other_server.receive(rehearsal.opened(name, rehearsal.clients[name].advertise(), session=bytes(32)))
+    second = {reply.device: reply.message for reply in other_server.close_stage()}
+    assert_refused(rehearsal.clients[device], second[device], UnexpectedMessage)
+
+
+def test_a_roster_without_this_device_is_refused(fleet: Any) -> None:
+    rehearsal = fleet.rehearse(7)
+    outsider = rehearsal.devices[6]
+    rehearsal.clients[outsider].advertise()
+    requests = rehearsal.run_until(SharingKeys, silent={"advertise_keys": [outsider]})
+    assert_refused(rehearsal.clients[outsider], requests[rehearsal.devices[0]], RemoteProtocolError, "not in the roster")
+
+
+def test_sybils_below_the_devices_minimum_are_refused(fleet: Any) -> None:
+    rehearsal = fleet.rehearse(9)
+    device = rehearsal.devices[0]
+    rehearsal.clients[device] = fleet.client(device, bytearray(rehearsal.plain[device]), terms=ClientTerms())
+    requests = rehearsal.run_until(SharingKeys)
+    assert_refused(rehearsal.clients[device], requests[device], PolicyRefusal, "minimum_cohort")
+
+
+def test_one_device_under_two_leaves_is_refused(fleet: Any) -> None:
+    """A corrupt device advertises twice and the server counts it as two."""
+    rehearsal = fleet.rehearse(6)
+    rehearsal.advertise(rehearsal.devices)
+    twin = rehearsal.devices[5]
+    again = fleet.client(twin, bytearray(fleet.vector_bytes), entropy=lambda count: b"t" * count)
+    server = rehearsal.server
+    opened = rehearsal.opened(twin, again.advertise(), session=bytes(32))
+    server.stage.answers["a twin"] = Candidate(check_advertisement(server._agreement, opened), opened.payload)
+    requests = rehearsal.close()
+    assert_refused(rehearsal.clients[rehearsal.devices[0]], requests[rehearsal.devices[0]], RemoteProtocolError, "twice")
+
+
+def test_a_certificate_that_expired_or_is_a_coordinators_is_refused(fleet: Any) -> None:
+    rehearsal = fleet.rehearse(6)
+    device = rehearsal.devices[0]
+    late = datetime.datetime(2031, 1, 1, tzinfo=datetime.UTC)
+    rehearsal.clients[device] = fleet.client(device, bytearray(rehearsal.plain[device]), at=late)
+    requests = rehearsal.run_until(SharingKeys)
+    assert_refused(rehearsal.clients[device], requests[device], BadCertificate)
+
+
+def test_a_cohort_larger_than_the_lanes_allow_is_refused(fleet: Any) -> None:
+    rehearsal = fleet.rehearse(6)
+    device = rehearsal.devices[0]
+    small = fleet.parameters(maximum_clients=5)
+    rehearsal.clients[device] = fleet.client(device, bytearray(rehearsal.plain[device]), parameters=small)
+    rehearsal.advertise(rehearsal.devices[1:])
+    rehearsal.clients[device].advertise()
+    roster = rehearsal.close()[rehearsal.devices[1]]
+    assert_refused(rehearsal.clients[device], roster, RemoteProtocolError, "at most 5")
+
+
+# --- the parameters ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "terms", "error"),
+    [
+        ({"mode": "curious"}, ClientTerms(), PolicyRefusal),
+        ({"maximum_clients": 9}, ClientTerms(), PolicyRefusal),
+        ({"corrupt_share_bp": 999}, ClientTerms(minimum_corrupt_share_bp=1000), PolicyRefusal),
+        ({"corrupt_share_bp": 499}, ClientTerms(minimum_corrupt_share_bp=0), RemoteProtocolError),
+        ({"corrupt_share_bp": 5000}, ClientTerms(), RemoteProtocolError),
+        ({"dropout_share_bp": 499}, ClientTerms(), RemoteProtocolError),
+        ({"minimum_survivors": 2}, ClientTerms(), RemoteProtocolError),
+        ({"minimum_survivors": 101}, ClientTerms(), RemoteProtocolError),
+        ({"maximum_clients": 2}, ClientTerms(minimum_cohort=3), RemoteProtocolError),
+        ({"vector_bytes": 64}, ClientTerms(), RemoteProtocolError),
+        ({"vector_bytes": 76}, ClientTerms(), RemoteProtocolError),
+        ({"wide_bytes": 8}, ClientTerms(), RemoteProtocolError),
+        ({"wide_bytes": 80}, ClientTerms(), RemoteProtocolError),
+    ],
+)
+def test_parameters_against_the_rules_or_the_owner_are_refused(
+    fleet: Any, changes: dict[str, Any], terms: ClientTerms, error: type[SottovoceError]
+) -> None:
+    vector = bytearray(b"v" * fleet.vector_bytes)
+    client = fleet.client("pi-000", vector, parameters=fleet.parameters(**changes), terms=terms)
+    with pytest.raises(error):
+        client.advertise()
+    assert isinstance(client.stage, Aborted)
+    assert bytes(vector) == bytes(len(vector))
+
+
+@pytest.mark.parametrize("changes", [{"minimum_cohort": 2}, {"minimum_honest_survivors": 1}, {"modes": ()}])
+def test_an_owner_cannot_go_below_the_hard_floors(changes: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        ClientTerms(**changes)
+
+
+# --- shares and masked input ------------------------------------------------------------------------------------------
+
+
+def redirected(request: MaskedInputRequest, rehearsal: Any) -> MaskedInputRequest:
+    (first, one), (second, other), *rest = request.shares
+    return replace(request, shares=((first, other), (second, one), *rest))
+
+
+MASKINGS: dict[str, tuple[Change, type[SottovoceError]]] = {
+    "below the threshold": (lambda r, _: replace(r, shares=r.shares[:2]), RemoteProtocolError),
+    "no shares at all": (lambda r, _: replace(r, shares=()), RemoteProtocolError),
+    "an unknown position": (lambda r, _: replace(r, shares=(*r.shares, (6, r.shares[0][1]))), MalformedMessage),
+    "a negative position": (lambda r, _: replace(r, shares=((-1, b""), *r.shares)), MalformedMessage),
+    "a position twice": (lambda r, _: replace(r, shares=(r.shares[0], *r.shares)), MalformedMessage),
+    "unsorted": (lambda r, _: replace(r, shares=tuple(reversed(r.shares))), MalformedMessage),
+    "shares swapped": (redirected, BadShare),
+    "a byte changed": (
+        lambda r, _: replace(r, shares=((r.shares[0][0], b"\0" * len(r.shares[0][1])), *r.shares[1:])), BadShare,
+    ),
+    "cut short": (lambda r, _: replace(r, shares=((r.shares[0][0], b"short"), *r.shares[1:])), BadShare),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MASKINGS)
+def test_shares_that_are_not_the_neighbours_are_refused_before_masking(fleet: Any, name: str) -> None:
+    change, error = MASKINGS[name]
+    rehearsal = fleet.rehearse(6)
+    requests = rehearsal.run_until(CollectingInputs)
+    device = rehearsal.devices[0]
+    client = rehearsal.clients[device]
+    vector = client.stage.vector
+    assert_refused(client, change(requests[device], rehearsal), error)
+    assert bytes(vector) == bytes(len(vector))
+
+
+@pytest.mark.parametrize(
+    "shares", [b"\xff\xff" * 36, b"\x00\x00" * 35 + b"\xf1\xff", b"\x00" * 70, b"\x00" * 74], ids=len
+)
+def test_a_limb_or_length_out_of_range_is_refused_though_it_decrypts(fleet: Any, shares: bytes) -> None:
+    rehearsal = fleet.rehearse(6)
+    requests = rehearsal.run_until(CollectingInputs)
+    device = rehearsal.devices[0]
+    client = rehearsal.clients[device]
+    position, _ = requests[device].shares[0]
+    ciphertext = keys.encrypt_shares(client.stage.incoming[position], shares, session=client.session_id)
+    forged = ((position, ciphertext), *requests[device].shares[1:])
+    assert_refused(client, MaskedInputRequest(shares=forged), BadShare)
+
+
+def test_a_replayed_session_is_refused(fleet: Any) -> None:
+    """Requests of one session mean nothing in the next, though the same devices take part."""
+    first, second = fleet.rehearse(6, seed=1), fleet.rehearse(6, seed=2)
+    old = first.run_until(CollectingInputs)
+    second.run_until(CollectingInputs)
+    device = second.devices[0]
+    with pytest.raises((BadShare, MalformedMessage)):
+        second.clients[device].receive(old[device])
+
+
+# --- survivors and unmasking ------------------------------------------------------------------------------------------
+
+
+def position_of(rehearsal: Any, device: str) -> int:
+    return int(rehearsal.server.stage.inputs.cohort.position_of[device])
+
+
+SURVIVORS: dict[str, tuple[Callable[[list[int], int], list[int]], type[SottovoceError]]] = {
+    "without this device, which has uploaded": (lambda s, me: [p for p in s if p != me], RemoteProtocolError),
+    "a member twice": (lambda s, me: sorted([*s, s[-1]]), MalformedMessage),
+    "an unknown member": (lambda s, me: [*s, 8], MalformedMessage),
+    "a negative member": (lambda s, me: [-1, *s], MalformedMessage),
+    "unsorted": (lambda s, me: s[::-1], MalformedMessage),
+    "nobody": (lambda s, me: [], RemoteProtocolError),
+    "below the threshold": (lambda s, me: sorted({me, *s[:2]}), RemoteProtocolError),
+    "a whole neighbourhood listed as dropped": (lambda s, me: [me], RemoteProtocolError),
+    "a member that never shared keys": (lambda s, me: list(range(8)), RemoteProtocolError),
+}
+
+
+@pytest.mark.parametrize("mode", ["active", "curious"])
+@pytest.mark.parametrize("name", SURVIVORS)
+def test_a_survivor_set_that_cannot_be_is_refused(fleet: Any, mode: str, name: str) -> None:
+    change, error = SURVIVORS[name]
+    rehearsal = fleet.rehearse(8, parameters=fleet.parameters(mode=mode))
+    stage = CheckingConsistency if mode == "active" else CollectingShares
+    requests = rehearsal.run_until(stage, silent={"share_keys": rehearsal.devices[7:]})
+    device = rehearsal.devices[0]
+    survivors = tuple(change(list(requests[device].survivors), position_of(rehearsal, device)))
+    assert_refused(rehearsal.clients[device], replace(requests[device], survivors=survivors), error)
+
+
+def test_nobody_can_be_listed_alive_and_dropped_at_once() -> None:
+    """The request holds one set; there is no second list to contradict it (flower's ServerSecAgg had two)."""
+    assert UnmaskingRequest.__struct_fields__ == ("survivors", "signatures")
+    assert SurvivorsRequest.__struct_fields__ == ("survivors",)
+
+
+@pytest.mark.parametrize("mode", ["active", "curious"])
+def test_a_second_different_unmasking_request_is_refused(fleet: Any, mode: str) -> None:
+    rehearsal = fleet.rehearse(8, parameters=fleet.parameters(mode=mode))
+    requests = rehearsal.run_until(CollectingShares)
+    device = rehearsal.devices[0]
+    client = rehearsal.clients[device]
+    rehearsal.answer(device, requests[device])
+    assert isinstance(client.stage, Revealed)
+    fewer = tuple(p for p in requests[device].survivors if p != (position_of(rehearsal, device) + 1) % 8)
+    assert_refused(client, replace(requests[device], survivors=fewer), UnexpectedMessage)
+
+
+def test_a_second_survivor_set_is_not_signed(fleet: Any) -> None:
+    rehearsal = fleet.rehearse(8)
+    requests = rehearsal.run_until(CheckingConsistency)
+    device = rehearsal.devices[0]
+    rehearsal.answer(device, requests[device])
+    fewer = tuple(p for p in requests[device].survivors if p != (position_of(rehearsal, device) + 1) % 8)
+    assert_refused(rehearsal.clients[device], SurvivorsRequest(survivors=fewer), UnexpectedMessage)
+
+
+def signed(rehearsal: Any, device: str, survivors: tuple[int, ...], **context: Any) -> bytes:
+    """A corrupt member's signature on any set it is asked to sign."""
+    session = rehearsal.server.session_id
+    fields = {"sender": device, "recipient": "conductor", "fleet": "choir", "round": 7, "attempt": 1}
+    digest = survivors_digest(survivors, session=session)
+    settings = fields | {"session": session} | context
+    return seal(SurvivorsSignature(survivors=digest), rehearsal.fleet.identities[device], SignedContext(**settings))
+
+
+@pytest.fixture
+def agreed(fleet: Any) -> Any:
+    """Eight members of which one dropped out; everybody has signed, nobody has revealed."""
+    rehearsal = fleet.rehearse(8)
+    rehearsal.run_until(CollectingShares, silent={"masked_input": rehearsal.devices[7:]})
+    return rehearsal
+
+
+def test_another_set_than_the_signed_one_is_refused_also_when_corrupt_peers_sign_both(agreed: Any) -> None:
+    device, *others = agreed.devices[:7]
+    request = agreed.requests[device][-1].message
+    dropped = next(p for p in request.survivors if p not in (position_of(agreed, device),))
+    fewer = tuple(p for p in request.survivors if p != dropped)
+    signatures = tuple(signed(agreed, other, fewer) for other in others)
+    assert_refused(agreed.clients[device], UnmaskingRequest(survivors=fewer, signatures=signatures), RemoteProtocolError)
+
+
+def test_a_neighbour_that_signed_another_set_is_kept_as_evidence(agreed: Any) -> None:
+    device, other, *_ = agreed.devices
+    request = agreed.requests[device][-1].message
+    lie = signed(agreed, other, request.survivors[1:])
+    client = agreed.clients[device]
+    with pytest.raises(Equivocation) as caught:
+        client.receive(replace(request, signatures=(*request.signatures, lie)))
+    assert caught.value.evidence == (lie,)
+    assert client.stage == Aborted(caught.value)
+
+
+def test_signatures_must_be_t_valid_ones_of_distinct_surviving_neighbours(agreed: Any, fleet: Any) -> None:
+    devices = agreed.devices
+    request = agreed.requests[devices[0]][-1].message
+    one = request.signatures[0]
+    rest = request.signatures[1:]
+    cases: list[tuple[tuple[bytes, ...], type[SottovoceError]]] = [
+        (rest, RemoteProtocolError),
+        ((*rest, rest[0]), MalformedMessage),
+        ((*rest, signed(agreed, devices[1], request.survivors)), RemoteProtocolError),
+        ((*rest, signed(agreed, devices[2], request.survivors, session=b"o" * 32)), Replayed),
+        ((*rest, signed(agreed, devices[2], request.survivors, round=6)), Replayed),
+        ((*rest, signed(agreed, devices[3], request.survivors, attempt=2)), Replayed),
+        ((*rest, signed(agreed, devices[4], request.survivors)[:-64] + bytes(64)), CryptoError),
+        ((*rest, b"nothing"), MalformedMessage),
+    ]
+    sessions = [fleet.rehearse(8) for _ in cases]
+    for rehearsal, (signatures, error) in zip(sessions, cases, strict=True):
+        rehearsal.run_until(CollectingShares, silent={"masked_input": devices[7:]})
+        assert rehearsal.server.session_id == agreed.server.session_id
+        with pytest.raises(error):
+            rehearsal.clients[devices[0]].receive(replace(request, signatures=signatures))
+        assert isinstance(rehearsal.clients[devices[0]].stage, Aborted)
+    assert one not in rest
+
+
+def test_the_own_and_a_dropped_members_signature_do_not_count(agreed: Any) -> None:
+    device, dropped = agreed.devices[0], agreed.devices[7]
+    request = agreed.requests[device][-1].message
+    for signer in (device, dropped):
+        payload = signed(agreed, signer, request.survivors)
+        client = agreed.clients[device]
+        if isinstance(client.stage, Aborted):
+            client = agreed.clients[agreed.devices[1]]
+            payload = signed(agreed, agreed.devices[1] if signer == device else signer, request.survivors)
+        with pytest.raises(MalformedMessage, match="not a surviving neighbour"):
+            client.receive(replace(request, signatures=(*request.signatures[1:], payload)))
+
+
+def test_signatures_in_curious_mode_are_refused(fleet: Any) -> None:
+    rehearsal = fleet.rehearse(6, parameters=fleet.parameters(mode="curious"))
+    requests = rehearsal.run_until(CollectingShares)
+    device = rehearsal.devices[0]
+    assert_refused(rehearsal.clients[device], replace(requests[device], signatures=(b"x",)), MalformedMessage)
+
+
+# --- lying devices against the server ---------------------------------------------------------------------------------
+
+
+def test_the_server_refuses_advertisements_that_are_not_for_this_session(fleet: Any) -> None:
+    rehearsal = fleet.rehearse(6)
+    device = rehearsal.devices[0]
+    good = rehearsal.clients[device].advertise()
+    cases: list[tuple[Any, dict[str, Any], type[SottovoceError]]] = [
+        (good, {"session": b"s" * 32}, Replayed),
+        (replace(good, state=b"z" * 32), {}, RemoteProtocolError),
+        (replace(good, certificate=fleet.identities["pi-005"].certificate.der), {}, RemoteProtocolError),
+        (replace(good, mask_key=bytes(32)), {}, LowOrderPoint),
+        (replace(good, channel_key=b"\xff" * 32), {}, CryptoError),
+        (replace(good, nonce=b""), {}, MalformedMessage),
+    ]
+    cases[4] = (replace(good, channel_key=(2**255 - 18).to_bytes(32, "little")), {}, LowOrderPoint)
+    for message, context, error in cases:
+        opened = rehearsal.opened(device, message, session=context.get("session", bytes(32)))
+        with pytest.raises(error):
+            rehearsal.server.receive(opened)
+    assert device in rehearsal.server.waiting_for()
+    rehearsal.server.receive(rehearsal.opened(device, good, session=bytes(32)))
+    assert device not in rehearsal.server.waiting_for()
+
+
+def test_the_server_refuses_strangers_and_second_thoughts(fleet: Any) -> None:
+    rehearsal = fleet.rehearse(6)
+    stranger = fleet.client("pi-099", bytearray(fleet.vector_bytes))
+    with pytest.raises(RemoteProtocolError, match="not invited"):
+        rehearsal.server.receive(fleet.opened("pi-099", stranger.advertise(), session=bytes(32)))
+    requests = rehearsal.run_until(SharingKeys)
+    device = rehearsal.devices[0]
+    reply = rehearsal.answer(device, requests[device])
+    with pytest.raises(ConflictingMessage):
+        rehearsal.send(device, replace(reply, commitment=b"c" * 32))
+    with pytest.raises(RemoteProtocolError, match="roster"):
+        rehearsal.server.receive(fleet.opened("pi-099", reply, session=rehearsal.server.session_id))
+    assert rehearsal.server.stage.answers[position_in(rehearsal, device)] == reply
+
+
+def position_in(rehearsal: Any, device: str) -> int:
+    return int(rehearsal.server.stage.cohort.position_of[device])
+
+
+def test_a_renewed_certificate_does_not_take_over_a_seat(fleet: Any) -> None:
+    rehearsal = fleet.rehearse(6)
+    requests = rehearsal.run_until(SharingKeys)
+    device = rehearsal.devices[0]
+    reply = rehearsal.clients[device].receive(requests[device])
+    original, fleet.identities[device] = fleet.identities[device], fleet.issue(device, "device")
+    try:
+        with pytest.raises(RemoteProtocolError, match="certificate"):
+            rehearsal.send(device, reply)
+    finally:
+        fleet.identities[device] = original
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: replace(m, commitment=b"short"),
+        lambda m: replace(m, ciphertexts=m.ciphertexts[1:]),
+        lambda m: replace(m, ciphertexts=(b"short", *m.ciphertexts[1:])),
+    ],
+)
+def test_the_server_refuses_shares_of_the_wrong_form(fleet: Any, change: Any) -> None:
+    rehearsal = fleet.rehearse(6)
+    requests = rehearsal.run_until(SharingKeys)
+    device = rehearsal.devices[0]
+    with pytest.raises(MalformedMessage):
+        rehearsal.send(device, change(rehearsal.clients[device].receive(requests[device])))
+    assert device in rehearsal.server.waiting_for()
+
+
+def test_the_server_adds_only_the_vector_that_was_announced_and_only_once(fleet: Any) -> None:
+    rehearsal = fleet.rehearse(6)
+    requests = rehearsal.run_until(CollectingInputs, silent={"share_keys": rehearsal.devices[5:]})
+    device, other, late = rehearsal.devices[0], rehearsal.devices[1], rehearsal.devices[5]
+    server = rehearsal.server
+    with pytest.raises(LocalProtocolError):
+        server.add_vector(device, bytearray(fleet.vector_bytes))
+    reply = rehearsal.answer(device, requests[device], upload=False)
+    assert server.expected_vector(device) == reply.vector
+    assert server.expected_vector(other) is server.expected_vector("nobody") is None
+    with pytest.raises(BadBlob):
+        server.add_vector(device, bytearray(fleet.vector_bytes))
+    assert bytes(server.stage.total) == bytes(fleet.vector_bytes)
+    assert device in server.waiting_for()
+    rehearsal.upload(device)
+    assert device not in server.waiting_for()
+    with pytest.raises(LocalProtocolError):
+        rehearsal.upload(device)
+    with pytest.raises(MalformedMessage, match="bytes"):
+        rehearsal.send(other, MaskedInput(vector=blob_ref(b"too short")))
+    rehearsal.clients[late].receive(rehearsal.requests[late][0].message)
+    with pytest.raises(RemoteProtocolError, match="in time"):
+        rehearsal.send(late, reply)
+
+
+def test_the_server_refuses_signatures_and_shares_it_did_not_ask_for(fleet: Any) -> None:
+    rehearsal = fleet.rehearse(8)
+    dropped, silent, device = rehearsal.devices[7], rehearsal.devices[6], rehearsal.devices[0]
+    requests = rehearsal.run_until(CheckingConsistency, silent={"masked_input": [dropped]})
+    right = rehearsal.clients[device].receive(requests[device])
+    with pytest.raises(RemoteProtocolError):
+        rehearsal.send(dropped, right)
+    with pytest.raises(RemoteProtocolError):
+        rehearsal.send(device, SurvivorsSignature(survivors=b"x" * 32))
+    for name in rehearsal.devices[:6]:
+        rehearsal.answer(name, requests[name])
+    requests = rehearsal.close()
+    shares = rehearsal.clients[device].receive(requests[device])
+    assert silent not in requests
+    with pytest.raises(RemoteProtocolError, match="not asked"):
+        rehearsal.send(silent, shares)
+    (first, content), *rest = shares.self_seed_shares
+    for wrong, error in [
+        (replace(shares, self_seed_shares=tuple(rest)), MalformedMessage),
+        (replace(shares, self_seed_shares=(*shares.self_seed_shares, (first, content))), MalformedMessage),
+        (replace(shares, self_seed_shares=((first, content[1:]), *rest)), BadShare),
+        (replace(shares, self_seed_shares=((first, b"\xff" * 36), *rest)), BadShare),
+        (Unmasking(self_seed_shares=shares.mask_key_shares, mask_key_shares=shares.self_seed_shares), MalformedMessage),
+    ]:
+        with pytest.raises(error):
+            rehearsal.send(device, wrong)
+        assert device in rehearsal.server.waiting_for()
+    rehearsal.send(device, shares)
+    rehearsal.run_until(Unmasked)
+    assert bytes(rehearsal.server.result) == rehearsal.plain_sum(rehearsal.devices[:7])
+
+
+def wrong_share(content: bytes) -> bytes:
+    """Another share that is in range."""
+    limb = (int.from_bytes(content[:2], "little") + 1) % shamir.PRIME
+    return limb.to_bytes(2, "little") + content[2:]
+
+
+@pytest.mark.parametrize("liars", [1, 2, 3])
+def test_a_few_wrong_shares_are_survived(fleet: Any, liars: int) -> None:
+    rehearsal = fleet.rehearse(14, parameters=fleet.parameters(mode="curious"))
+    requests = rehearsal.run_until(CollectingShares, silent={"masked_input": rehearsal.devices[12:]})
+    for index, device in enumerate(rehearsal.devices[:12]):
+        answer = rehearsal.clients[device].receive(requests[device])
+        if index % 3 == 0 and index < 3 * liars:
+            answer = Unmasking(
+                self_seed_shares=tuple((owner, wrong_share(share)) for owner, share in answer.self_seed_shares),
+                mask_key_shares=tuple((owner, wrong_share(share)) for owner, share in answer.mask_key_shares),
+            )
+        rehearsal.send(device, answer)
+    rehearsal.close()
+    assert bytes(rehearsal.server.result) == rehearsal.plain_sum(rehearsal.devices[:12])
+
+
+def test_too_many_wrong_shares_abandon_the_round_and_no_garbage_comes_out(fleet: Any) -> None:
+    rehearsal = fleet.rehearse(8, parameters=fleet.parameters(mode="curious"))
+    requests = rehearsal.run_until(CollectingShares)
+    for index, device in enumerate(rehearsal.devices):
+        answer = rehearsal.clients[device].receive(requests[device])
+        if index < 5:
+            shares = tuple((owner, wrong_share(share)) for owner, share in answer.self_seed_shares)
+            answer = replace(answer, self_seed_shares=shares)
+        rehearsal.send(device, answer)
+    with pytest.raises(RoundAbandoned) as caught:
+        rehearsal.close()
+    assert caught.value.reason == "bad_shares"
+    assert rehearsal.server.stage == Abandoned("bad_shares")
+
+
+def test_a_member_that_committed_to_another_seed_abandons_the_round(fleet: Any) -> None:
+    rehearsal = fleet.rehearse(6)
+    requests = rehearsal.run_until(SharingKeys)
+    liar = rehearsal.devices[0]
+    rehearsal.send(liar, replace(rehearsal.clients[liar].receive(requests[liar]), commitment=b"c" * 32))
+    for device in rehearsal.devices[1:]:
+        rehearsal.answer(device, requests[device])
+    rehearsal.close()
+    with pytest.raises(RoundAbandoned, match="bad_shares"):
+        rehearsal.run_until(Unmasked)
+
+
+def test_more_devices_than_the_session_allows_cannot_be_invited(fleet: Any) -> None:
+    with pytest.raises(ConfigError, match="maximum_clients is 5"):
+        fleet.server([f"pi-{number}" for number in range(6)], fleet.parameters(maximum_clients=5))
+    with pytest.raises(ConfigError, match="k-regular"):
+        fleet.server(["pi-1"], fleet.parameters(maximum_clients=201))
