@@ -78,6 +78,13 @@ def _parser() -> argparse.ArgumentParser:
     init.add_argument("--home", type=Path, required=True, metavar="DIR", help="a new folder for them")
     init.add_argument("--fleet", required=True, metavar="NAME", help="the fleet's name, as the CA knows it")
     init.add_argument("--name", default="coordinator", help="this coordinator's name (%(default)s)")
+    init.add_argument(
+        "--broker",
+        type=_host_and_port,
+        default=("127.0.0.1", 1883),
+        metavar="HOST[:PORT]",
+        help="the fleet's MQTT broker",
+    )
     init.set_defaults(run=_init)
 
     run = commands.add_parser("run", parents=[config], help="run rounds until stopped (Ctrl-C or SIGTERM)")
@@ -110,8 +117,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _host_and_port(text: str) -> tuple[str, int]:
+    host, _, port = text.rpartition(":") if ":" in text else (text, "", "8883")
+    if not host or not port.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r}: write HOST or HOST:PORT, such as broker.example:8883")
+    return host, int(port)
+
+
 def _init(options: argparse.Namespace) -> int:
-    settings = make_home(options.home, fleet=options.fleet, name=options.name)
+    host, port = options.broker
+    settings = make_home(options.home, fleet=options.fleet, name=options.name, host=host, port=port)
     home = options.home
     print(f"Made {home}/key.pem (keep it), {home}/request.csr and {settings}.\n")
     print("Next, on the machine that holds the fleet's CA:\n")

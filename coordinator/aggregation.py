@@ -61,10 +61,14 @@ class UploadSlots:
     def add_chunk(self, device: str, index: int, content: bytes, now_ms: int) -> bytearray | None:
         """Put a chunk in its place; return the vector, whole and verified, when this was the last one.
 
+        A chunk that comes once more after its vector was complete changes nothing.
+
         Raises:
             NoSlot: The device holds no slot.
             BadBlob: The chunk does not match the digest that the device signed.
         """
+        if device in self._done:
+            return None
         upload = self._uploads.get(device)
         if upload is None:
             raise NoSlot(f"{device} holds no upload slot")

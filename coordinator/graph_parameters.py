@@ -23,8 +23,9 @@ An *active* server sees the ring before it chooses who drops, and may try many r
 One answer: t shares of the self seed and t of the mask key of one client need 2t answers from k neighbours, of whom
 only the at most a corrupt ones answer both ways. Connected: whoever answers beside a gap of k/2 has at most k/2
 signatures on the survivor set from its other side, so t - k/2 corrupt clients must sit in the gap; two gaps are needed,
-and corrupt clients in disjoint windows of the ring are negatively associated, hence the square. Both are easier with a
-larger t, so t is the largest that completes.
+and corrupt clients in disjoint windows of the ring are negatively associated, hence the square. The second has implied
+the first wherever it was tried; the proof needs both. Both are easier with a larger t, so t is the largest that
+completes.
 
 The union bounds lose nothing: a random client's neighbours are a uniform k-subset of all n, so n * Pr[Hyp(n, m, k) > x]
 is exactly the expected number of clients with more than x marked neighbours. Tails are summed by `hypergeom.sf`;

@@ -29,7 +29,7 @@ SETTINGS_FILE = "coordinator.toml"
 _PRIVATE_KEY_MARK = b"PRIVATE KEY"
 
 
-def make_home(folder: Path, *, fleet: str, name: str) -> Path:
+def make_home(folder: Path, *, fleet: str, name: str, host: str = "127.0.0.1", port: int = 1883) -> Path:
     """Make a key, a signing request and commented settings in `folder`, and return the settings file.
 
     Raises:
@@ -45,7 +45,7 @@ def make_home(folder: Path, *, fleet: str, name: str) -> Path:
         write_secret_file(folder / "key.pem", key_to_pem(key))
         (folder / "request.csr").write_bytes(request)
         settings = folder / SETTINGS_FILE
-        settings.write_text(SETTINGS_TEMPLATE.format(fleet=fleet, name=name), encoding="utf-8")
+        settings.write_text(SETTINGS_TEMPLATE.format(fleet=fleet, name=name, host=host, port=port), encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"cannot write into {folder}: {error.strerror}") from error
     return settings

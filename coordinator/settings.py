@@ -225,8 +225,8 @@ fleet_ca = "fleet-ca.pem"        # the fleet CA's certificate. Its private key n
 journal = "journal.sqlite"       # rounds, states and digests; sums only, nothing of a single device
 
 [broker]
-host = "127.0.0.1"
-port = 1883                      # 8883 with TLS
+host = "{host}"
+port = {port:<20}      # 8883 with TLS
 protocol = "5"                   # or "3.1.1"
 # ca_file = "broker-ca.pem"      # for TLS, all three together; the fleet's own certificates will do
 # cert_file = "certificate.pem"

@@ -10,7 +10,7 @@ import msgspec
 from coordinator.settings import Name, Positive, Seconds, Share, read_toml
 from sottovoce.errors import ConfigError
 from sottovoce.plan import Counted, Document, Encoding, Quantised
-from sottovoce.secagg.graph import COMPLETE_GRAPH_LIMIT, SMALLEST_COHORT
+from sottovoce.secagg.graph import BASIS_POINTS, COMPLETE_GRAPH_LIMIT, SMALLEST_COHORT, threshold
 
 UNCAPPED_WEIGHT = 1_000_000
 """Weight cap of plans in which nothing is weighted: the number of examples is only counted."""
@@ -168,6 +168,11 @@ def read_task(text: str, *, where: str = "the task") -> Task:
             f"cohort.goal: {task.cohort.wanted} devices with over-selection; at most {COMPLETE_GRAPH_LIMIT} for now",
         ),
         (
+            _answers_needed(task) <= task.cohort.wanted,
+            f"cohort.goal: {task.cohort.wanted} devices are too few in {task.secagg.mode} mode, which needs "
+            f'{_answers_needed(task)} of them; raise it (or, for a try without liars: secagg.mode = "curious")',
+        ),
+        (
             task.update is None or task.update.noise_multiplier == 0,
             "update.noise_multiplier: this release cannot add noise yet; remove the line",
         ),
@@ -177,3 +182,9 @@ def read_task(text: str, *, where: str = "the task") -> Task:
         if not holds:
             raise ConfigError(f"{where}: {text_if_not}")
     return task
+
+
+def _answers_needed(task: Task) -> int:
+    """Return how many of a full cohort must answer; in active mode a device needs the signatures of t others."""
+    shares = threshold(task.secagg.mode, task.cohort.wanted, round(BASIS_POINTS * task.secagg.corrupt_share))
+    return shares + (task.secagg.mode == "active")

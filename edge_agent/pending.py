@@ -1,7 +1,9 @@
 """What survives a kill: checkpoints and pending results, sealed, keyed by the plan and state they belong to.
 
 Nothing here is precious: a file that is damaged, foreign or too old is discarded with a line that says so, and the work
-is done again. Every write replaces the file in one step, so a kill leaves the old content or the new one.
+is done again. Everything has two files that are written in turn: a kill in the middle of a write leaves the other one.
+Replacing one file by rename would be as safe, but file systems flush such a file to the disk at once: after every batch
+that is slow, and wears out an SD card.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from sottovoce.tensors import decode_tensors, encode_tensors
 
 Kind: TypeAlias = Literal["checkpoint", "result", "entry"]
 _SUFFIX = ".sealed"
-_UNFINISHED = ".writing"
+_TURNS = (0, 1)
 _NAME_DIGITS = 32
 
 
@@ -32,6 +34,7 @@ class _Kept(Document, frozen=True):
 
     kind: str
     key: bytes
+    sequence: int
     expires_ms: int
     content: bytes
 
@@ -55,6 +58,7 @@ class PendingStore:
         self._folder = folder
         self._identity = identity
         self._discarded = discarded
+        self._sequences: dict[tuple[str, bytes], int] = {}
 
     def save(self, kind: Kind, key: bytes, content: bytes, *, expires_ms: int) -> None:
         """Keep `content`, replacing what was kept under the same kind and key.
@@ -68,22 +72,22 @@ class PendingStore:
         Raises:
             ConfigError: The folder cannot be written.
         """
-        sealed = seal_at_rest(
-            self._identity, _purpose(kind), canonical(_Kept(kind=kind, key=key, expires_ms=expires_ms, content=content))
-        )
-        path = self._path(kind, key)
-        unfinished = path.with_suffix(_UNFINISHED)
+        sequence = self._next_sequence(kind, key)
+        kept = _Kept(kind=kind, key=key, sequence=sequence, expires_ms=expires_ms, content=content)
+        sealed = seal_at_rest(self._identity, _purpose(kind), canonical(kept))
+        path = self._path(kind, key, sequence % len(_TURNS))
         try:
-            with os.fdopen(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+            with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), "wb") as file:
                 file.write(sealed)
-            unfinished.replace(path)
+                file.truncate()
         except OSError as error:
             raise ConfigError(f"cannot write {path} ({error.strerror}); is the disk full?") from error
+        self._sequences[kind, key] = sequence
 
     def load(self, kind: Kind, key: bytes, *, now_ms: int) -> bytes | None:
         """Return what is kept, None if there is nothing of use."""
-        kept = self._read(self._path(kind, key), now_ms)
-        return kept.content if kept is not None and (kept.kind, kept.key) == (kind, key) else None
+        newest = self._newest(kind, key, now_ms)
+        return newest.content if newest is not None else None
 
     def erase(self, kind: Kind, key: bytes) -> None:
         """Erase what is kept, if anything; when this returns the erasure outlives a power cut.
@@ -91,25 +95,32 @@ class PendingStore:
         Raises:
             ConfigError: The folder cannot be written.
         """
-        path = self._path(kind, key)
+        paths = [path for turn in _TURNS if (path := self._path(kind, key, turn)).exists()]
         try:
-            with contextlib.suppress(FileNotFoundError):
-                path.unlink()
+            for path in paths:
+                path.unlink(missing_ok=True)
+            if paths:
                 self._make_durable()
         except OSError as error:
-            raise ConfigError(f"cannot erase {path} ({error.strerror})") from error
+            raise ConfigError(f"cannot erase {paths[0]} ({error.strerror})") from error
+        self._sequences.pop((kind, key), None)
 
     def sweep(self, *, now_ms: int) -> None:
-        """Erase what has expired, what cannot be read and what was never finished."""
+        """Erase what has expired and what cannot be read."""
         for path in sorted(self._folder.iterdir()):
-            if path.suffix == _SUFFIX:
-                self._read(path, now_ms)
-            else:
-                path.unlink(missing_ok=True)
+            self._read(path, now_ms)
 
-    def names(self) -> list[str]:
-        """Return what is kept, by file name, for the owner to see."""
-        return sorted(path.stem for path in self._folder.glob(f"*{_SUFFIX}"))
+    def _newest(self, kind: Kind, key: bytes, now_ms: int) -> _Kept | None:
+        found = [self._read(self._path(kind, key, turn), now_ms) for turn in _TURNS]
+        fitting = [kept for kept in found if kept is not None and (kept.kind, kept.key) == (kind, key)]
+        return max(fitting, key=lambda kept: kept.sequence, default=None)
+
+    def _next_sequence(self, kind: Kind, key: bytes) -> int:
+        last = self._sequences.get((kind, key))
+        if last is None:
+            newest = self._newest(kind, key, now_ms=0)
+            last = newest.sequence if newest is not None else -1
+        return last + 1
 
     def _read(self, path: Path, now_ms: int) -> _Kept | None:
         try:
@@ -131,8 +142,8 @@ class PendingStore:
             path.unlink(missing_ok=True)
         self._discarded(f"discarded {path.name}: {reason}")
 
-    def _path(self, kind: Kind, key: bytes) -> Path:
-        return self._folder / f"{kind}-{digest_of(key).hex()[:_NAME_DIGITS]}{_SUFFIX}"
+    def _path(self, kind: Kind, key: bytes, turn: int) -> Path:
+        return self._folder / f"{kind}-{digest_of(key).hex()[:_NAME_DIGITS]}-{turn}{_SUFFIX}"
 
     def _make_durable(self) -> None:
         folder = os.open(self._folder, os.O_RDONLY)

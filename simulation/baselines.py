@@ -54,7 +54,7 @@ def add_results(bundle: Bundle, broadcast: Arrays, values: Mapping[str, list[Arr
     """Return `broadcast` with every result added to the ports that it updates."""
     updated = dict(broadcast)
     for result in bundle.results:
-        for name, delta in zip(result.updates, values[result.name], strict=False):
+        for name, delta in zip(result.updates, values[result.name], strict=bool(result.updates)):
             updated[name] = (updated[name] + delta).astype(updated[name].dtype)
     return updated
 

@@ -1,10 +1,15 @@
 """The demo's data, divided among devices: scikit-learn's digits, and real people's movements (HAR).
 
 No constant of any data set is here; inputs are standardised by a masked round (see `coordinator.task`).
+
+    python -m simulation.datasets --devices 3 --out DIR      writes the digits of three devices as CSV files
 """
 
 from __future__ import annotations
 
+import argparse
+import csv
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,3 +102,27 @@ def _dirichlet_parts(labels: Array, devices: int, concentration: float, rng: np.
         for part, chunk in zip(parts, np.split(rows, cuts), strict=True):
             part.extend(chunk.tolist())
     return [np.asarray(sorted(part), dtype=np.int64) for part in parts]
+
+
+def write_csv(examples: Examples, path: Path) -> None:
+    """Write `examples` as a CSV file that `edge-agent import` reads: columns x[0], x[1], ... and y."""
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow([*(f"x[{i}]" for i in range(examples["x"].shape[1])), "y"])
+        writer.writerows([*x, y] for x, y in zip(examples["x"].tolist(), examples["y"].tolist(), strict=True))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write the digits, divided among devices, as one CSV file for each."""
+    parser = argparse.ArgumentParser(prog="python -m simulation.datasets", description=main.__doc__)
+    parser.add_argument("--devices", type=int, default=3, help="how many (default: 3)")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for pi-01.csv, pi-02.csv, ...")
+    parser.add_argument("--seed", type=int, default=1, help="of the division (default: 1)")
+    options = parser.parse_args(arguments)
+    options.out.mkdir(parents=True, exist_ok=True)
+    for device, examples in digits(devices=options.devices, seed=options.seed).devices.items():
+        write_csv(examples, options.out / f"{device}.csv")
+
+
+if __name__ == "__main__":
+    main()

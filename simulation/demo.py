@@ -25,12 +25,12 @@ from rich.console import Console
 from rich.live import Live
 
 from coordinator.journal import Journal
-from simulation import baselines, report
+from simulation import attack_demo, baselines, report
 from simulation.broker_process import BrokerProcess
 from simulation.datasets import DividedData, digits, people
 from simulation.guarded import GuardedFolder
 from simulation.overheard import Eavesdropper, Overheard
-from simulation.process_fleet import EventReader, FleetFailed, ProcessFleet
+from simulation.process_fleet import EventReader, FleetFailed, ProcessFleet, wait_until
 from sottovoce.bundle import Bundle, read_bundle
 from sottovoce.errors import SottovoceError
 from sottovoce.plan import LocalWork
@@ -43,6 +43,7 @@ BUNDLES = HERE / "bundles"
 _POLL_S = 0.05
 _STALLED_S = 180.0
 _AWAY_ROUNDS = 2
+_STARTING_TOGETHER = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +105,11 @@ class Demonstration:
         """All device ids."""
         return list(self.data.devices)
 
+    @property
+    def shown(self) -> int:
+        """Which coordinate of the update is shown first at the end: one that the middle of the input decides."""
+        return self.bundle.results[0].ports[0].tensor_type.size * 9 // 16
+
     def prepare(self, fleet: ProcessFleet) -> None:
         """Enrol everybody, give every device its examples, submit the task."""
         fleet.enrol(self.devices)
@@ -120,6 +126,8 @@ class Demonstration:
         reader = EventReader(fleet.events)
         fleet.start_coordinator()
         for device in self.devices:
+            # A few at a time: every Pi has its own processor, these share one machine.
+            wait_until(lambda: eavesdropper.absent(fleet.started_s) < _STARTING_TOGETHER, deadline_s=_STALLED_S)
             fleet.start_agent(device)
         last_event = time.monotonic()
         with Live(self._display(), console=console, refresh_per_second=4) as live:
@@ -128,6 +136,8 @@ class Demonstration:
                     last_event = time.monotonic()
                     self._on_event(fleet, event)
                     live.update(self._display())
+                    if not console.is_terminal:
+                        console.print(self.run.now, markup=False)
                 eavesdropper.listen()
                 if time.monotonic() - last_event > _STALLED_S:
                     raise FleetFailed(f"nothing happened for {_STALLED_S:.0f} s; {fleet.log('coordinator')}")
@@ -232,7 +242,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.default_int_handler)
     try:
-        demonstrate(options, console)
+        run = attack_demo.main if options.kind == "attack" else demonstrate
+        run(options, console)
     except KeyboardInterrupt:
         console.print("\nstopped; nothing was left behind")
         return 130
@@ -261,7 +272,7 @@ def demonstrate(options: argparse.Namespace, console: Console) -> report.DemoRep
             demonstration.prepare(fleet)
         version = broker_version(broker)
         console.print(f"broker on {broker.host}:{broker.port} ({version}), {len(data.devices)} agent processes\n")
-        with Eavesdropper(broker) as eavesdropper:
+        with Eavesdropper(broker, offset=demonstration.shown) as eavesdropper:
             demonstration.follow(fleet, eavesdropper, console)
         fleet.stop()
     alone, pooled = demonstration.compare(console)
@@ -301,7 +312,7 @@ def _print_end(
     if overheard is not None and len(demonstration.run.states) > 1:
         before, after = (decode_tensors(state) for state in demonstration.run.states[-2:])
         first = demonstration.bundle.results[0].updates[0]
-        learned = (after[first] - before[first]).reshape(-1)[: len(overheard.words)]
+        learned = (after[first] - before[first]).reshape(-1)[demonstration.shown :][: len(overheard.words)]
         console.print()
         console.print(report.overheard_table(overheard.device, overheard.words, [float(v) for v in learned]))
     console.print(
@@ -322,10 +333,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="./scripts/demo",
         description="Train one model on many devices that never show their data or their updates: a real broker, real "
-        "processes, one of them killed on the way.",
+        "processes, one of them killed on the way. `attack` shows, in seconds and without a broker, what one plain "
+        "update would give away and what a masked one does.",
     )
-    parser.add_argument("kind", nargs="?", choices=sorted(DEMOS), default="digits", help="default: digits")
-    parser.add_argument("--devices", type=int, help="how many devices (digits: 12; har: every training person)")
+    parser.add_argument("kind", nargs="?", choices=sorted([*DEMOS, "attack"]), default="digits", help="default: digits")
+    parser.add_argument("--devices", type=int, help="how many devices (digits, attack: 12; har: every training person)")
     parser.add_argument("--rounds", type=int, help="how many rounds (digits: 15, har: 20)")
     parser.add_argument("--seed", type=int, default=1, help="of the division among the devices (default: 1)")
     parser.add_argument("--data-file", type=Path, help="har: the .npz with the movements")

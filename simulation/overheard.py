@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -25,11 +25,11 @@ _WORDS = 8
 
 @dataclass(frozen=True, slots=True)
 class Overheard:
-    """The start of one masked vector.
+    """Eight entries of one masked vector.
 
     Attributes:
         device: Whose it was.
-        words: Its first eight entries, uint32.
+        words: The entries, uint32.
     """
 
     device: str
@@ -37,10 +37,11 @@ class Overheard:
 
 
 class Eavesdropper:
-    """Listens to every masked vector on the broker (the demo's broker has no access rules) and keeps the last start."""
+    """Listens to every masked vector on the demo's broker, which has no access rules; keeps a piece of the last one."""
 
-    def __init__(self, broker: BrokerProcess) -> None:
-        """Connect to `broker` on entering."""
+    def __init__(self, broker: BrokerProcess, *, offset: int) -> None:
+        """Listen on `broker` from entering on; keep the entries that start at `offset` (within the first chunk)."""
+        self._offset_bytes = 4 * offset
         self._settings = MqttSettings(host=broker.host, port=broker.port, client_id="eavesdropper", clean_start=True)
         self._topics = Topics(FLEET)
         self.last: Overheard | None = None
@@ -67,6 +68,11 @@ class Eavesdropper:
         """Return how many seconds after its start each device was first seen; `started_s` is on the monotonic clock."""
         return {device: seen - started_s[device] for device, seen in self._online_s.items()}
 
+    def absent(self, started: Iterable[str]) -> int:
+        """Return how many of the `started` devices have not been seen yet."""
+        self.listen()
+        return sum(device not in self._online_s for device in started)
+
     def _keep(self, delivery: Delivery) -> None:
         try:
             kind, device, *_ = self._topics.split(delivery.topic)
@@ -76,6 +82,6 @@ class Eavesdropper:
             chunk = decode_vector_chunk(delivery.payload)
         except MalformedMessage:
             return  # an eavesdropper shrugs at what it does not understand
-        if chunk.index == 0 and len(chunk.content) >= 4 * _WORDS:
-            words = np.frombuffer(chunk.content, dtype="<u4", count=_WORDS)
+        if chunk.index == 0 and len(chunk.content) >= self._offset_bytes + 4 * _WORDS:
+            words = np.frombuffer(chunk.content, dtype="<u4", count=_WORDS, offset=self._offset_bytes)
             self.last = Overheard(device, tuple(int(word) for word in words))

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -91,13 +91,13 @@ class ProcessFleet:
         authority.key_file.unlink()
 
     def _enrol_coordinator(self, authority: Authority, now: datetime.datetime) -> None:
-        self.run_command("coordinator", "init", "--home", str(self.coordinator_home), "--fleet", FLEET)
+        broker = f"{self.broker.host}:{self.broker.port}"
+        home = str(self.coordinator_home)
+        self.run_command("coordinator", "init", "--home", home, "--fleet", FLEET, "--broker", broker)
         request = (self.coordinator_home / "request.csr").read_bytes()
         issued = sign_request(authority, request, at=now, role="coordinator")
         (self.coordinator_home / "certificate.pem").write_bytes(issued.pem)
         (self.coordinator_home / "fleet-ca.pem").write_bytes(authority.certificate_file.read_bytes())
-        settings = self.config.read_text().replace("port = 1883", f"port = {self.broker.port}")
-        self.config.write_text(settings)
 
     def give_examples(self, device: str, collection: str, examples: Examples) -> None:
         """Import `examples` on `device`, through the same file import that its owner would use."""
@@ -132,6 +132,10 @@ class ProcessFleet:
         """Start the resident agent of `device`."""
         self.started_s.setdefault(device, time.monotonic())
         self._agents[device] = self._spawn("edge_agent", "run", "--home", str(self.home(device).path), log=device)
+
+    def agent_pid(self, device: str) -> int:
+        """Return the process id of the running agent of `device`."""
+        return self._agents[device].pid
 
     def kill_agent(self, device: str) -> None:
         """Kill the agent of `device` with SIGKILL, as a phone does."""
@@ -213,13 +217,12 @@ def peak_rss_mb(pid: int) -> float:
     return 0.0
 
 
-def wait_until(condition: object, *, deadline_s: float, poll_s: float = 0.02) -> None:
+def wait_until(condition: Callable[[], bool], *, deadline_s: float, poll_s: float = 0.02) -> None:
     """Return once `condition()` is true.
 
     Raises:
         TimeoutError: It is not within `deadline_s` seconds.
     """
-    assert callable(condition)
     deadline = time.monotonic() + deadline_s
     while not condition():
         if time.monotonic() > deadline:

@@ -70,8 +70,10 @@ def write_report(report: DemoReport, path: Path) -> None:
 def rounds_table(rounds: Sequence[RoundReport], *, running: str) -> RenderableType:
     """Return the live table: one line a round, and what is going on now."""
     table = Table(box=None, pad_edge=False)
-    for heading in ("round", "cohort", "in the sum", "dropped", "up/device", "down/device", "seconds", "accuracy"):
-        table.add_column(heading, justify="left" if heading in ("dropped", "accuracy") else "right")
+    for heading in ("round", "cohort", "in sum", "dropped", "up/dev", "down/dev", "secs", "accuracy"):
+        table.add_column(
+            heading, justify="left" if heading in ("dropped", "accuracy") else "right", no_wrap=heading != "dropped"
+        )
     for entry in rounds:
         dropped = ", ".join(
             f"{' '.join(ids)} ({stage.replace('_', ' ')})" for stage, ids in entry.dropped.items() if ids
@@ -84,7 +86,7 @@ def rounds_table(rounds: Sequence[RoundReport], *, running: str) -> RenderableTy
             kilobytes(entry.bytes_up_per_device),
             kilobytes(entry.bytes_down_per_device),
             f"{entry.seconds:.1f}",
-            f"{entry.accuracy:.3f} " + "█" * round(entry.accuracy * 30),
+            f"{entry.accuracy:.3f} " + "█" * round(entry.accuracy * 10),
         )
     return Group(table, Text(running, style="dim")) if running else table
 
@@ -92,8 +94,8 @@ def rounds_table(rounds: Sequence[RoundReport], *, running: str) -> RenderableTy
 def comparison_table(report: DemoReport) -> Table:
     """Return the last table: alone, together, pooled."""
     table = Table(box=None, pad_edge=False)
-    table.add_column("the same model, the same number of passes over the data")
-    table.add_column("accuracy on the test set", justify="right")
+    table.add_column("same model, same passes over the data")
+    table.add_column("test accuracy", justify="right")
     table.add_row("each device alone (mean)", f"{report.accuracy_alone_mean:.3f}")
     table.add_row("together, nobody's data or update seen", f"[bold]{report.accuracy_together:.3f}[/bold]")
     table.add_row("all data pooled in one place", f"{report.accuracy_pooled:.3f}")

@@ -25,7 +25,6 @@ from sottovoce.secagg.client_stages import (
     InputMasked,
     KeysShared,
     Prepared,
-    Revealed,
     Setting,
     Stage,
     SurvivorsSigned,
@@ -179,8 +178,8 @@ class ClientSession:
                 _erase(vector)
             case InputMasked(vector=vector) | SurvivorsSigned(masked=InputMasked(vector=vector)):
                 _erase(vector)
-            case Revealed() | Aborted():
-                pass
+            case _:
+                pass  # Revealed and Aborted hold neither vector nor secret.
         self._answers.clear()
         self._advertisement = None
         self.stage = Aborted(error)

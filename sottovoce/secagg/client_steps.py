@@ -193,7 +193,7 @@ def _take_seat(setting: Setting, stage: Advertised, roster: Roster) -> Seat:
 
 
 def _shape_told(setting: Setting, roster: Roster, leaves: Sequence[bytes]) -> Shape:
-    """Return the graph that the rules give; the coordinator is told nothing else is accepted."""
+    """Return the graph that the rules give; the coordinator's own figures must be these."""
     try:
         shape = shape_of(setting.agreement, leaves)
     except ConfigError as error:
@@ -293,12 +293,13 @@ def _check_signatures(setting: Setting, stage: SurvivorsSigned, request: Unmaski
 
 def _shares_for(stage: InputMasked, survivors: Sequence[int]) -> Unmasking:
     """Return one share per owner, never both kinds: which one follows from the single survivor set."""
-    alive = set(survivors)
-    self_seeds = {position: held.self_seed for position, held in stage.held.items() if position in alive}
-    if stage.seat.position in stage.seat.shape.share_holders(stage.seat.position):
-        self_seeds[stage.seat.position] = stage.own_share
-    mask_keys = tuple((position, held.mask_key) for position, held in stage.held.items() if position not in alive)
-    return Unmasking(self_seed_shares=tuple(sorted(self_seeds.items())), mask_key_shares=mask_keys)
+    seat, alive = stage.seat, set(survivors)
+    seeds = {position: held.self_seed for position, held in stage.held.items()} | {seat.position: stage.own_share}
+    around = seat.shape.share_holders(seat.position)
+    return Unmasking(
+        self_seed_shares=tuple((position, seeds[position]) for position in around if position in alive),
+        mask_key_shares=tuple((p, held.mask_key) for p, held in stage.held.items() if p not in alive),
+    )
 
 
 def _require_rising(positions: Sequence[int], *, allowed: Collection[int]) -> None:

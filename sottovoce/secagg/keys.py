@@ -57,10 +57,8 @@ class KeyPair:
         """Return the X25519 secret with the holder of `public_key`, 32 bytes.
 
         Raises:
-            LowOrderPoint: The key gives an all-zero secret.
-            CryptoError: It does not have 32 bytes.
+            LowOrderPoint: The key gives an all-zero secret, or is no key at all.
         """
-        refuse_low_order(public_key)
         try:
             return self._private.exchange(X25519PublicKey.from_public_bytes(public_key))
         except ValueError as error:

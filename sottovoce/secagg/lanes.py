@@ -295,21 +295,34 @@ def _encode_lane(
     factor *= _clip_factor(aggregation, tensors)
     clamped = 0
     for where, block in _blocks(tensors):
-        match aggregation.encoding:
-            case Quantised(half_range=half_range) as encoding:
-                block *= factor
-                clamped += int(np.count_nonzero(np.abs(block) > half_range))
-                np.clip(block, -half_range, half_range, out=block)
-                block += half_range
-                block *= encoding.maximum / (2 * half_range)
-                block += rounding.uniform(block.size)
-                np.floor(block, out=block)
-                np.minimum(block, encoding.maximum, out=block)
-            case Counted(maximum=maximum):
-                np.rint(block, out=block)
-                clamped += int(np.count_nonzero((block < 0) | (block > maximum)))
-                np.clip(block, 0, maximum, out=block)
+        if isinstance(aggregation.encoding, Quantised):
+            block *= factor
+            clamped += _quantise(block, aggregation.encoding, rounding)
+        else:
+            clamped += _count(block, aggregation.encoding)
         entries[where] = block
+    return clamped
+
+
+def _quantise(block: npt.NDArray[np.float64], encoding: Quantised, rounding: _Rounding) -> int:
+    """Map `block` in place from [-half_range, half_range] to 0..maximum; return how many values were clamped."""
+    half_range = encoding.half_range
+    clamped = int(np.count_nonzero(np.abs(block) > half_range))
+    np.clip(block, -half_range, half_range, out=block)
+    block += half_range
+    block *= encoding.maximum / (2 * half_range)
+    block += rounding.uniform(block.size)
+    np.floor(block, out=block)
+    # At 48 bits the sum of the largest level and a fraction close to one can round up to the next level.
+    np.minimum(block, encoding.maximum, out=block)
+    return clamped
+
+
+def _count(block: npt.NDArray[np.float64], encoding: Counted) -> int:
+    """Round `block` in place to whole numbers in 0..maximum; return how many values were clamped."""
+    np.rint(block, out=block)
+    clamped = int(np.count_nonzero((block < 0) | (block > encoding.maximum)))
+    np.clip(block, 0, encoding.maximum, out=block)
     return clamped
 
 

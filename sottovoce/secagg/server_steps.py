@@ -192,19 +192,20 @@ def close_consistency(agreement: Agreement, stage: CheckingConsistency) -> tuple
     """Show every signer the signatures of t of its neighbours, and ask for the shares.
 
     Raises:
-        RoundAbandoned: Some signer would not see t signatures of others.
+        RoundAbandoned: Fewer than t signers would see t signatures of others.
     """
     cohort, signers = stage.inputs.cohort, frozenset(stage.answers)
     requests: dict[str, Message] = {}
     for position in sorted(signers):
-        beside = sorted(signers.intersection(cohort.shape.neighbours(position)))
-        if len(beside) < cohort.shape.threshold:
-            raise RoundAbandoned("too_few_signatures", f"{len(signers)} survivors signed the survivor set")
-        shown = tuple(stage.answers[other] for other in beside[: cohort.shape.threshold])
-        requests[cohort.members[position].device] = UnmaskingRequest(survivors=stage.survivors, signatures=shown)
-    if not requests:
-        raise RoundAbandoned("too_few_signatures", "no survivor signed the survivor set")
-    return CollectingShares(stage.inputs, stage.survivors, signers), requests
+        beside = sorted(signers.intersection(cohort.shape.neighbours(position)))[: cohort.shape.threshold]
+        if len(beside) == cohort.shape.threshold:
+            shown = tuple(stage.answers[other] for other in beside)
+            requests[cohort.members[position].device] = UnmaskingRequest(survivors=stage.survivors, signatures=shown)
+    if len(requests) < cohort.shape.threshold:
+        needed = cohort.shape.threshold + 1
+        raise RoundAbandoned("too_few_signatures", f"{len(signers)} survivors signed their set, {needed} are needed")
+    asked = frozenset(cohort.position_of[device] for device in requests)
+    return CollectingShares(stage.inputs, stage.survivors, asked), requests
 
 
 def close_unmasking(agreement: Agreement, stage: CollectingShares) -> tuple[Unmasked, dict[str, Message]]:

@@ -43,7 +43,12 @@ def split(
 
     Returns:
         `shares[i][j]`, SHARE_BYTES bytes: at `points[i]`, of `secrets[j]`.
+
+    Raises:
+        LocalProtocolError: A secret of another length, or a threshold beyond exact arithmetic.
     """
+    if threshold * PRIME**2 >= _EXACT_BOUND:
+        raise LocalProtocolError(f"a threshold of {threshold} is too large for exact float64 arithmetic")
     constants = np.concatenate([_limbs_of(secret) for secret in secrets])
     random = _uniform_below_prime((threshold - 1) * constants.size, entropy).reshape(threshold - 1, constants.size)
     coefficients = np.concatenate([constants[None, :], random]).astype(np.float64)
@@ -109,8 +114,6 @@ def _uniform_below_prime(count: int, entropy: Callable[[int], bytes]) -> Limbs:
 
 @lru_cache(maxsize=16)
 def _vandermonde(points: tuple[int, ...], threshold: int) -> Matrix:
-    if threshold * PRIME**2 >= _EXACT_BOUND:
-        raise LocalProtocolError(f"a threshold of {threshold} is too large for exact float64 arithmetic")
     base = np.array(points, np.int64)
     matrix = np.ones((len(points), threshold), np.int64)
     for column in range(1, threshold):

@@ -156,6 +156,8 @@ class Link:
             self._serve()
         except TransportError as error:
             return Ending(str(error), time.monotonic())
+        except (ConnectionResetError, BrokenPipeError, ssl.SSLEOFError):
+            pass  # Hung up in the middle of the TLS handshake: diagnosed like any connection without an answer.
         except ssl.SSLError as error:
             return diagnose_tls(error, where=where, now_s=time.monotonic())
         except (OSError, UnicodeError) as error:
@@ -200,8 +202,8 @@ class Link:
         try:
             self._client.loop_read()
         except _NO_MQTT as error:
-            self._facts.last_words = f"the broker sent something that is not MQTT: {error}"
             self._hang_up()
+            self._facts.last_words = f"the broker sent something that is not MQTT: {error}"
 
     def _send_queued(self) -> None:
         """Carry out the owner's commands; send as many publishes as may be on their way."""

@@ -26,7 +26,7 @@ from sottovoce.plan import Aggregation, BlobRef, Counted, LocalWork, Plan, Priva
 from sottovoce.secagg.client import ClientSession, ClientTerms
 from sottovoce.secagg.lanes import encode, layout_of
 from sottovoce.tensors import encode_tensors
-from sottovoce.types import Array
+from sottovoce.types import Array, TensorType
 from sottovoce.wire.chunks import VectorChunk, missing_in_bitmap
 from sottovoce.wire.codec import Opened, open_envelope, parse, seal
 from sottovoce.wire.messages import (
@@ -148,8 +148,10 @@ class ScriptedDevice:
     silent_at: type[Message] | None = None
     present: bool = True
     heard: list[Message] = field(default_factory=list)
+    handled: list[Message] = field(default_factory=list)
     said: list[tuple[Message, bytes]] = field(default_factory=list)
     session: ClientSession | None = None
+    in_flight: list[int] = field(default_factory=list)
     dead: bool = False
 
     @property
@@ -164,8 +166,9 @@ class ScriptedDevice:
         self.heard.append(message)
         if self.silent_at is not None and isinstance(message, self.silent_at):
             self.dead = True
-        if self.dead:
-            return
+        if self.dead or (message in self.handled and not isinstance(message, UploadSlot)):
+            return  # A device answers a repeat only when its own timer says so: see `docs/SPEC.md`, redelivery.
+        self.handled.append(message)
         match message:
             case Selected():
                 yield Ready(present=self.present), bytes(32)
@@ -178,7 +181,11 @@ class ScriptedDevice:
                 assert self.session is not None
                 vector = self.session.masked_vector
                 assert vector is not None
-                for index in missing_in_bitmap(received, -(-len(vector) // self.chunk_bytes))[:2]:
+                missing = missing_in_bitmap(received, -(-len(vector) // self.chunk_bytes))
+                self.in_flight = [index for index in self.in_flight if index in missing] if any(received) else []
+                fresh = [index for index in missing if index not in self.in_flight][: 2 - len(self.in_flight)]
+                self.in_flight += fresh
+                for index in fresh:
                     content = bytes(vector[index * self.chunk_bytes : (index + 1) * self.chunk_bytes])
                     yield VectorChunk(self.session.session_id, index, content), self.session.session_id
             case UploadSlot() | NotSelected() | RoundOver():
@@ -437,3 +444,18 @@ def task_folder(tmp_path: Path, model_bundle: bytes, moments_bundle: bytes) -> P
     (tmp_path / "tiny.toml").write_text(MODEL_TASK)
     (tmp_path / "moments.toml").write_text(SUM_TASK)
     return tmp_path
+
+
+@pytest.fixture
+def scripted(choir: Choir) -> Callable[..., ScriptedDevice]:
+    """Makes the device that takes part in a plan: its update is 0.125 everywhere, its sums are small whole numbers."""
+
+    def make(name: str, plan: Plan, state_digest: bytes, state: dict[str, Array]) -> ScriptedDevice:
+        fixed = {"delta": 0.125, "correct": 3.0, "count": 4.0, "sum": 8.0, "sum_of_squares": 24.0}
+        values = {
+            a.name: [np.full(TensorType.parse(t).shape, fixed[a.name], np.float32) for t in a.tensors]  # type: ignore[arg-type]
+            for a in plan.aggregations
+        }
+        return ScriptedDevice(choir.devices[name], choir, plan, values, weight=4, state=state_digest)
+
+    return make

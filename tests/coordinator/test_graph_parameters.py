@@ -113,9 +113,21 @@ def test_the_table_satisfies_the_conditions_in_exact_arithmetic_and_nothing_chea
         assert not curious_is_safe(clients, bad, lost, k, t - 1)
 
 
-@pytest.mark.parametrize("mode", ["curious", "active"])
-@pytest.mark.parametrize(("clients", "corrupt", "dropout"), [(201, 0.05, 0.05), (240, 0.1, 0.05), (333, 0.05, 0.1)])
-def test_no_smaller_degree_was_skipped(mode: Mode, clients: int, corrupt: float, dropout: float) -> None:
+@pytest.mark.parametrize(
+    ("mode", "clients", "corrupt", "dropout"),
+    [
+        ("curious", 201, 0.05, 0.05),
+        ("curious", 207, 0.05, 0.9),  # here the gaps decide
+        ("curious", 333, 0.05, 0.1),
+        ("active", 201, 0.05, 0.05),
+        ("active", 240, 0.1, 0.05),
+        ("active", 266, 0.05, 0.08),  # here one bit less would do with fewer
+        ("active", 333, 0.05, 0.1),
+    ],
+)
+def test_the_degree_is_the_smallest_of_all_in_exact_arithmetic(
+    mode: Mode, clients: int, corrupt: float, dropout: float
+) -> None:
     bad, lost = math.ceil(clients * corrupt), math.floor(clients * dropout)
     smallest = next(
         (k, t) for k in range(2, clients, 2) for t in range(2, k + 1) if is_good(mode, clients, bad, lost, k, t)
@@ -207,8 +219,11 @@ def test_neither_share_is_taken_below_five_percent(mode: Mode, clients: int) -> 
 
 
 def test_a_fraction_of_a_basis_point_is_rounded_up_and_float_noise_is_not() -> None:
-    assert find("curious", 10_000, 0.1 + 1e-17, 0.1 + 0.2) == find("curious", 10_000, 0.1, 0.3)
-    assert find("curious", 65_520, 0.05, 0.30001) == find("curious", 65_520, 0.05, 0.3001)
+    assert find("curious", 10_000, 0.05, 0.097).neighbours == 40
+    assert find("curious", 10_000, 0.05, 0.09701).neighbours == 42
+    assert 0.1637 * 10_000 > 1637
+    assert find("curious", 10_000, 0.05, 0.1637).neighbours == 52
+    assert find("curious", 10_000, 0.05, 0.1638).neighbours == 54
 
 
 @pytest.mark.parametrize(

@@ -272,7 +272,7 @@ def test_a_device_that_left_until_the_rendezvous_is_waited_for(bench: MakeBench)
     b.say("pi-03", Ready(present=True))
     b.wait(5000)
     assert isinstance(b.round.phase, Configuration)
-    b.devices["pi-03"].silent_at = None
+    b.devices["pi-03"].silent_at, b.devices["pi-03"].dead = None, False
     b.perform(b.round.device_status("pi-04", True, b.now_ms))
     b.settle()
     b.say("pi-04", Ready(present=True))
@@ -432,8 +432,7 @@ def test_wrong_chunks_are_refused_and_the_right_ones_still_count(bench: MakeBenc
     b.say("pi-04", VectorChunk(b"x" * 32, 0, b"y"))
     b.say("pi-04", VectorChunk(session, 0, bytes(64)))
     b.say("pi-04", VectorChunk(session, 10_000, bytes(64)))
-    b.say("pi-00", VectorChunk(session, 0, bytes(64)))
-    assert b.refused == ["foreign_session", "bad_blob", "bad_blob", "no_slot"]
+    assert b.refused == ["foreign_session", "bad_blob", "bad_blob"]
     device.dead, device.silent_at = False, None
     b.say("pi-04", device.said[-1][0], session)
     assert b.committed.survivors == frozenset(b.devices)
@@ -460,11 +459,13 @@ def test_more_devices_than_slots_upload_one_after_the_other(bench: MakeBench) ->
 
 
 def test_a_slot_that_stands_still_goes_to_the_next(bench: MakeBench) -> None:
-    b = bench(5, slots=1, slot_idle_ms=2000)
+    b = bench(6, slots=1, slot_idle_ms=2000)
     b.devices["pi-00"].silent_at = UploadSlot
     b.check_in()
     assert isinstance(b.round.phase, Reporting) and b.round.phase.stage == "masked_input"
     assert b.round.next_deadline_ms(b.now_ms) == b.now_ms + 2000
+    b.say("pi-01", VectorChunk(b.round.phase.session.session_id, 0, b"no slot yet"))
+    assert b.refused == ["no_slot"]
     b.wait(2000)
     assert b.round.phase.session.waiting_for() == {"pi-00"}
     b.wait(8000)

@@ -101,6 +101,8 @@ class Coordinator:
     certificates: dict[bytes, Any] = field(default_factory=dict)
     reassemblers: dict[str, Reassembler] = field(default_factory=dict)
     chunks_taken: int = 0
+    selected: set[str] = field(default_factory=set)
+    at: datetime.datetime = AT
 
     @property
     def name(self) -> str:
@@ -147,6 +149,7 @@ class Coordinator:
         """Announce a round; return the envelope."""
         self.round, self.attempt, self.session = round_, attempt, None
         self.assemblies.clear()
+        self.selected.clear()
         for content in (canonical(self.plan), self.bundle_bytes, self.state_bytes) if blobs else ():
             self.publish_blob(content)
         envelope = self.seal(self.announcement_message(training_ms=training_ms), ALL)
@@ -177,6 +180,7 @@ class Coordinator:
 
     def select(self, devices: Iterable[str]) -> None:
         for device in devices:
+            self.selected.add(device)
             self.send(device, Selected(route=ROUTE, now_ms=self.clock()))
 
     def parameters(self, **changes: Any) -> SecAggParameters:
@@ -249,7 +253,7 @@ class Coordinator:
             return
         envelope = parse(whole)
         if envelope.name == CheckIn.__name__:
-            certificate = self.anchor.verify(parse_body(envelope, CheckIn).certificate, at=AT, role="device")
+            certificate = self.anchor.verify(parse_body(envelope, CheckIn).certificate, at=self.at, role="device")
             self.certificates[certificate.fingerprint] = certificate
         known = self.certificates.get(envelope.fingerprint)
         if known is None:
@@ -261,6 +265,8 @@ class Coordinator:
             return
         assert opened.context.sender == levels[1], "the topic is the sender's own"
         self.heard.setdefault(levels[1], []).append(message)
+        if isinstance(message, CheckIn) and levels[1] in self.selected:
+            self.select([levels[1]])
         if isinstance(message, CheckIn | Ready | Withdraw) or self.session is None:
             return
         self.session.receive(opened)
@@ -295,18 +301,19 @@ class World:
     coordinator: Coordinator
     clock: FakeClock
     policy: Policy
+    at: datetime.datetime = AT
     agents: dict[str, Agent] = field(default_factory=dict)
     homes: dict[str, Home] = field(default_factory=dict)
 
-    def enrol(self, name: str, *, examples: dict[str, Any] | None = None) -> Home:
+    def enrol(self, name: str, *, examples: dict[str, Any] | None = None, port: int = 0) -> Home:
         """Make a device's folder with key, certificate and examples."""
         home = init_home(
             self.folder / name,
             device=name,
             fleet=self.authority.fleet,
-            broker=BrokerConfig(host="127.0.0.1", tls=False),
+            broker=BrokerConfig(host="127.0.0.1", port=port, tls=False),
         )
-        issued = sign_request(self.authority, home.request.read_bytes(), at=AT)
+        issued = sign_request(self.authority, home.request.read_bytes(), at=self.at)
         home.certificate.write_bytes(issued.pem)
         home.fleet_ca.write_bytes(self.authority.certificate_file.read_bytes())
         self.homes[name] = home
@@ -316,7 +323,7 @@ class World:
             from edge_agent.examples import ExampleStore
 
             with ExampleStore(home.examples) as store:
-                store.add("digits", examples, now_s=AT.timestamp())
+                store.add("digits", examples, now_s=self.at.timestamp())
         return home
 
     def setup(self, name: str, *, resident: bool = True, clock: Callable[[], int] | None = None) -> Setup:
@@ -330,7 +337,7 @@ class World:
         return Setup(
             home=home,
             config=config,
-            identity=load_identity(home, AT),
+            identity=load_identity(home, self.at),
             anchor=load_anchor(home),
             clock=clock or self.clock,
             resident=resident,
@@ -361,9 +368,11 @@ class World:
 
     def settle(self, *, limit: int = 20_000) -> None:
         """Turn everybody until nothing more happens without the clock."""
+        quiet = 0
         for _ in range(limit):
             moved = [agent.turn(0) for agent in list(self.agents.values())]
-            if not any([*moved, self.coordinator.turn()]):
+            quiet = 0 if any([*moved, self.coordinator.turn()]) else quiet + 1
+            if quiet == 2:  # What is due by the clock is done in a quiet turn, and may set off more.
                 return
         raise AssertionError("it does not come to rest")
 
@@ -441,13 +450,13 @@ def _der(pem: bytes) -> bytes:
     return load_certificate(pem).public_bytes(Encoding.DER)
 
 
-def make_world(folder: Path) -> World:
-    authority = create_authority(folder / "ca", fleet=FLEET, at=AT - datetime.timedelta(days=1))
+def make_world(folder: Path, *, at: datetime.datetime = AT) -> World:
+    authority = create_authority(folder / "ca", fleet=FLEET, at=at - datetime.timedelta(days=1))
     key = new_key()
     request = signing_request(key, name="coordinator", fleet=FLEET, role="coordinator")
-    issued = sign_request(authority, request, at=AT, role="coordinator")
+    issued = sign_request(authority, request, at=at, role="coordinator")
     anchor = TrustAnchor(authority.certificate)
-    identity = Identity(key, anchor.verify(_der(issued.pem), at=AT))
+    identity = Identity(key, anchor.verify(_der(issued.pem), at=at))
     broker, clock = MemoryBroker(random.Random(7)), FakeClock()
     bundle_bytes = (BUNDLES / "digits.svp").read_bytes()
     coordinator = Coordinator(
@@ -458,10 +467,11 @@ def make_world(folder: Path) -> World:
         bundle_bytes=bundle_bytes,
         state_bytes=decode_bundle(bundle_bytes).initial,
         plan=digits_plan(bundle_bytes),
+        at=at,
     )
     coordinator.start()
     policy = Policy(minimum_cohort=3, minimum_honest_survivors=2)
-    return World(folder, authority, broker, coordinator, clock, policy)
+    return World(folder, authority, broker, coordinator, clock, policy, at)
 
 
 @pytest.fixture
@@ -471,6 +481,12 @@ def world(tmp_path: Path) -> Iterator[World]:
     yield made
     for name in list(made.agents):
         made.kill(name)
+
+
+@pytest.fixture
+def world_of_today(tmp_path: Path) -> World:
+    """A fleet whose certificates are valid now, for processes that read the machine's clock."""
+    return make_world(tmp_path, at=datetime.datetime.now(datetime.UTC))
 
 
 @pytest.fixture(scope="session")

@@ -213,9 +213,7 @@ def make_fleet() -> Fleet:
                 ),
                 False,
             )  # fmt: skip
-            builder = builder.add_extension(
-                x509.KeyUsage(**usage, key_cert_sign=True, crl_sign=True), critical=True
-            )
+            builder = builder.add_extension(x509.KeyUsage(**usage, key_cert_sign=True, crl_sign=True), critical=True)
         return builder.sign(authority_key, hashes.SHA256())
 
     anchor = TrustAnchor(certificate(name, authority_key.public_key(), authority=True))

@@ -46,7 +46,7 @@ from sottovoce.secagg.server_stages import (
     SharingKeys,
     Unmasked,
 )
-from sottovoce.secagg.transcript import survivors_digest
+from sottovoce.secagg.transcript import leaf_of, survivors_digest
 from sottovoce.wire.codec import parse, seal
 from sottovoce.wire.messages import (
     AdvertiseKeys,
@@ -157,7 +157,9 @@ def test_a_roster_without_this_device_is_refused(fleet: Any) -> None:
     outsider = rehearsal.devices[6]
     rehearsal.clients[outsider].advertise()
     requests = rehearsal.run_until(SharingKeys, silent={"advertise_keys": [outsider]})
-    assert_refused(rehearsal.clients[outsider], requests[rehearsal.devices[0]], RemoteProtocolError, "not in the roster")
+    assert_refused(
+        rehearsal.clients[outsider], requests[rehearsal.devices[0]], RemoteProtocolError, "not in the roster"
+    )
 
 
 def test_sybils_below_the_devices_minimum_are_refused(fleet: Any) -> None:
@@ -178,7 +180,46 @@ def test_one_device_under_two_leaves_is_refused(fleet: Any) -> None:
     opened = rehearsal.opened(twin, again.advertise(), session=bytes(32))
     server.stage.answers["a twin"] = Candidate(check_advertisement(server._agreement, opened), opened.payload)
     requests = rehearsal.close()
-    assert_refused(rehearsal.clients[rehearsal.devices[0]], requests[rehearsal.devices[0]], RemoteProtocolError, "twice")
+    assert_refused(
+        rehearsal.clients[rehearsal.devices[0]], requests[rehearsal.devices[0]], RemoteProtocolError, "twice"
+    )
+
+
+def test_an_earlier_advertisement_of_this_device_beside_its_new_one_is_refused(fleet: Any) -> None:
+    """The device restarted within the round; the server keeps both advertisements."""
+    rehearsal = fleet.rehearse(6)
+    device = rehearsal.devices[0]
+    before = fleet.client(device, bytearray(fleet.vector_bytes), entropy=lambda count: b"e" * count)
+    rehearsal.advertise(rehearsal.devices)
+    opened = rehearsal.opened(device, before.advertise(), session=bytes(32))
+    server = rehearsal.server
+    earlier = Candidate(check_advertisement(server._agreement, opened), opened.payload)
+    everybody = sorted([*server.stage.answers.values(), earlier], key=lambda candidate: candidate.member.leaf)
+    own = server.stage.answers[device]
+    roster = Roster(
+        leaves=b"".join(candidate.member.leaf for candidate in everybody),
+        neighbours=6,
+        threshold=5,
+        advertisements=tuple(candidate.payload for candidate in everybody if candidate is not own),
+    )
+    assert_refused(rehearsal.clients[device], roster, RemoteProtocolError, "this device is in the roster twice")
+
+
+def test_a_cohort_beyond_the_complete_graph_is_refused(fleet: Any) -> None:
+    client = fleet.client("pi-000", bytearray(fleet.vector_bytes), parameters=fleet.parameters(maximum_clients=300))
+    identity = fleet.identities["pi-000"]
+    own = leaf_of("pi-000", identity.certificate.fingerprint, client.advertise())
+    leaves = sorted([own, *(bytes([number]) * 32 for number in range(200))])
+    roster = Roster(leaves=b"".join(leaves), neighbours=200, threshold=106, advertisements=())
+    assert_refused(client, roster, RemoteProtocolError, "k-regular")
+
+
+def test_fewer_than_the_sessions_own_minimum_are_refused_before_masking(fleet: Any) -> None:
+    rehearsal = fleet.rehearse(8, parameters=fleet.parameters(minimum_survivors=7))
+    requests = rehearsal.run_until(CollectingInputs)
+    device = rehearsal.devices[0]
+    fewer = replace(requests[device], shares=requests[device].shares[:5])
+    assert_refused(rehearsal.clients[device], fewer, RemoteProtocolError, "needs 7")
 
 
 def test_a_certificate_that_expired_or_is_a_coordinators_is_refused(fleet: Any) -> None:
@@ -191,7 +232,7 @@ def test_a_certificate_that_expired_or_is_a_coordinators_is_refused(fleet: Any) 
 
 
 def test_a_cohort_larger_than_the_lanes_allow_is_refused(fleet: Any) -> None:
-    rehearsal = fleet.rehearse(6)
+    rehearsal = fleet.rehearse(7)
     device = rehearsal.devices[0]
     small = fleet.parameters(maximum_clients=5)
     rehearsal.clients[device] = fleet.client(device, bytearray(rehearsal.plain[device]), parameters=small)
@@ -360,7 +401,7 @@ def test_a_second_survivor_set_is_not_signed(fleet: Any) -> None:
 def signed(rehearsal: Any, device: str, survivors: tuple[int, ...], **context: Any) -> bytes:
     """A corrupt member's signature on any set it is asked to sign."""
     session = rehearsal.server.session_id
-    fields = {"sender": device, "recipient": "conductor", "fleet": "choir", "round": 7, "attempt": 1}
+    fields: dict[str, Any] = {"sender": device, "recipient": "conductor", "fleet": "choir", "round": 7, "attempt": 1}
     digest = survivors_digest(survivors, session=session)
     settings = fields | {"session": session} | context
     return seal(SurvivorsSignature(survivors=digest), rehearsal.fleet.identities[device], SignedContext(**settings))
@@ -380,7 +421,9 @@ def test_another_set_than_the_signed_one_is_refused_also_when_corrupt_peers_sign
     dropped = next(p for p in request.survivors if p not in (position_of(agreed, device),))
     fewer = tuple(p for p in request.survivors if p != dropped)
     signatures = tuple(signed(agreed, other, fewer) for other in others)
-    assert_refused(agreed.clients[device], UnmaskingRequest(survivors=fewer, signatures=signatures), RemoteProtocolError)
+    assert_refused(
+        agreed.clients[device], UnmaskingRequest(survivors=fewer, signatures=signatures), RemoteProtocolError
+    )
 
 
 def test_a_neighbour_that_signed_another_set_is_kept_as_evidence(agreed: Any) -> None:
@@ -402,7 +445,7 @@ def test_signatures_must_be_t_valid_ones_of_distinct_surviving_neighbours(agreed
     cases: list[tuple[tuple[bytes, ...], type[SottovoceError]]] = [
         (rest, RemoteProtocolError),
         ((*rest, rest[0]), MalformedMessage),
-        ((*rest, signed(agreed, devices[1], request.survivors)), RemoteProtocolError),
+        (rest[:1] * len(request.signatures), MalformedMessage),
         ((*rest, signed(agreed, devices[2], request.survivors, session=b"o" * 32)), Replayed),
         ((*rest, signed(agreed, devices[2], request.survivors, round=6)), Replayed),
         ((*rest, signed(agreed, devices[3], request.survivors, attempt=2)), Replayed),
@@ -570,9 +613,9 @@ def test_the_server_refuses_signatures_and_shares_it_did_not_ask_for(fleet: Any)
     assert bytes(rehearsal.server.result) == rehearsal.plain_sum(rehearsal.devices[:7])
 
 
-def wrong_share(content: bytes) -> bytes:
-    """Another share that is in range."""
-    limb = (int.from_bytes(content[:2], "little") + 1) % shamir.PRIME
+def wrong_share(content: bytes, liar: int = 0) -> bytes:
+    """Another share that is in range, wrong in another way for every liar."""
+    limb = (int.from_bytes(content[:2], "little") + 1 + liar**3) % shamir.PRIME
     return limb.to_bytes(2, "little") + content[2:]
 
 
@@ -598,7 +641,7 @@ def test_too_many_wrong_shares_abandon_the_round_and_no_garbage_comes_out(fleet:
     for index, device in enumerate(rehearsal.devices):
         answer = rehearsal.clients[device].receive(requests[device])
         if index < 5:
-            shares = tuple((owner, wrong_share(share)) for owner, share in answer.self_seed_shares)
+            shares = tuple((owner, wrong_share(share, index)) for owner, share in answer.self_seed_shares)
             answer = replace(answer, self_seed_shares=shares)
         rehearsal.send(device, answer)
     with pytest.raises(RoundAbandoned) as caught:

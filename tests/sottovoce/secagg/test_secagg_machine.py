@@ -16,6 +16,7 @@ from sottovoce.wire.messages import (
     AdvertiseKeys,
     MaskedInput,
     MaskedInputRequest,
+    Mode,
     Roster,
     RoundOver,
     ShareKeys,
@@ -42,7 +43,7 @@ ANSWERS: dict[type, Any] = {
 }
 CLIENT_STAGES = get_args(client_stages.Stage)
 SERVER_STAGES = get_args(server_stages.Stage)
-MODES = ("active", "curious")
+MODES: tuple[Mode, ...] = ("active", "curious")
 _REACHED_BY = {
     client_stages.Advertised: server_stages.SharingKeys,
     client_stages.KeysShared: server_stages.CollectingInputs,
@@ -50,7 +51,7 @@ _REACHED_BY = {
 }
 
 
-def client_in(stage: type, fleet: Any, mode: str) -> Any:
+def client_in(stage: type, fleet: Any, mode: Mode) -> Any:
     """A rehearsal whose first device's real client stands in `stage`, or None where the mode has no such stage."""
     rehearsal = fleet.rehearse(5, parameters=fleet.parameters(mode=mode))
     client = rehearsal.clients[rehearsal.devices[0]]
@@ -72,7 +73,7 @@ def client_in(stage: type, fleet: Any, mode: str) -> Any:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("stage", CLIENT_STAGES)
 @pytest.mark.parametrize("kind", REQUESTS)
-def test_a_device_refuses_what_its_table_does_not_hold(fleet: Any, mode: str, stage: type, kind: type) -> None:
+def test_a_device_refuses_what_its_table_does_not_hold(fleet: Any, mode: Mode, stage: type, kind: type) -> None:
     client = client_in(stage, fleet, mode)
     if client is None:
         assert not any(stage is source for source, _ in CLIENT_STEPS[mode])
@@ -91,7 +92,7 @@ def test_a_device_refuses_what_its_table_does_not_hold(fleet: Any, mode: str, st
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_every_stage_of_a_device_is_in_its_table_or_final(mode: str) -> None:
+def test_every_stage_of_a_device_is_in_its_table_or_final(mode: Mode) -> None:
     sources = {stage for stage, _ in CLIENT_STEPS[mode]}
     final = {client_stages.Revealed, client_stages.Aborted}
     only_active = {client_stages.SurvivorsSigned} if mode == "curious" else set()

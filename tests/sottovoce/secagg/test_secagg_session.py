@@ -1,4 +1,4 @@
-"""Whole sessions: the unmasked sum is the plain sum of the survivors, or the round is abandoned and nothing is revealed."""
+"""Whole sessions: the unmasked sum is the plain sum of the survivors, or nothing is revealed."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from sottovoce.secagg.server_stages import Abandoned, Unmasked
 from sottovoce.wire.messages import MaskedInput, SurvivorsSignature, Unmasking
 
 ORDER = ["advertise_keys", "share_keys", "masked_input", "consistency_check", "unmasking"]
+
+REASONS = {"consistency_check": "too_few_signatures", "unmasking": "too_few_shares"}
 
 
 def needed_shares(mode: str, members: int) -> int:
@@ -121,7 +123,7 @@ def assert_never_both_kinds(rehearsal: Any, *, abandoned: bool) -> None:
     """Nobody's seed and mask key were both asked for; in an abandoned round not even one of them can be rebuilt."""
     seeds: Counter[int] = Counter()
     mask_keys: Counter[int] = Counter()
-    given_by = {device: message for device, message in rehearsal.shares_given()}
+    given_by = dict(rehearsal.shares_given())
     for message in given_by.values():
         seeds.update(owner for owner, _ in message.self_seed_shares)
         mask_keys.update(owner for owner, _ in message.mask_key_shares)
@@ -130,6 +132,27 @@ def assert_never_both_kinds(rehearsal: Any, *, abandoned: bool) -> None:
         members = len(rehearsal.requests[next(iter(given_by))][0].message.leaves) // 32
         threshold = needed_shares(rehearsal.server._agreement.parameters.mode, members)
         assert max((seeds + mask_keys).values()) < threshold
+
+
+@pytest.mark.parametrize(
+    ("mode", "stage"),
+    [("active", stage) for stage in ORDER[1:]] + [("curious", stage) for stage in ORDER[1:] if stage != ORDER[3]],
+)
+def test_down_to_the_threshold_the_sum_is_exact_and_one_less_abandons(fleet: Any, mode: str, stage: str) -> None:
+    """Twelve devices: t is 7 (active; 8 must stay until the last stage) or 6 (curious)."""
+    enough = needed_shares(mode, 12) + (mode == "active" and stage != "unmasking")
+    for present in (enough, enough - 1, 0):
+        rehearsal = fleet.rehearse(12, parameters=fleet.parameters(mode=mode))
+        silent = {stage: rehearsal.devices[present:]}
+        if present == enough:
+            rehearsal.run_until(Unmasked, silent=silent)
+            assert bytes(rehearsal.server.result) == rehearsal.plain_sum(rehearsal.server.survivors)
+            continue
+        with pytest.raises(RoundAbandoned) as caught:
+            rehearsal.run_until(Unmasked, silent=silent)
+        assert caught.value.reason == REASONS.get(stage, "too_few_devices")
+        assert rehearsal.server.stage == Abandoned(caught.value.reason)
+        assert_never_both_kinds(rehearsal, abandoned=True)
 
 
 @pytest.mark.parametrize("mode", ["active", "curious"])
@@ -208,7 +231,9 @@ def test_the_owners_minimum_ends_the_session_before_anything_is_masked(fleet: An
     rehearsal = fleet.rehearse(9)
     device = rehearsal.devices[0]
     vector = bytearray(rehearsal.plain[device])
-    rehearsal.clients[device] = fleet.client(device, vector, terms=ClientTerms(minimum_honest_survivors=7, minimum_cohort=9))
+    rehearsal.clients[device] = fleet.client(
+        device, vector, terms=ClientTerms(minimum_honest_survivors=7, minimum_cohort=9)
+    )
     rehearsal.advertise(rehearsal.devices)
     requests = rehearsal.close()
     for other in rehearsal.devices[:7]:

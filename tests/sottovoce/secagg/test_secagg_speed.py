@@ -19,9 +19,7 @@ CLIENTS, ENTRIES = 100, 100_000
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("mode", "dropped"), [("curious", 10), ("curious", 30), ("active", 10)])
-def test_cost_of_a_hundred_devices(
-    fleet: Any, mode: str, dropped: int, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_cost_of_a_hundred_devices(fleet: Any, mode: str, dropped: int, capsys: pytest.CaptureFixture[str]) -> None:
     wide = replace(fleet, vector_bytes=4 * ENTRIES + 16, wide_bytes=16)
     rehearsal = wide.rehearse(CLIENTS, parameters=wide.parameters(mode=mode))
     spent: dict[str, list[float]] = defaultdict(list)

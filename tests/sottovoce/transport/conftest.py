@@ -110,12 +110,13 @@ class Relay:
 
 def until(transport: Transport, wanted: Callable[[Event], bool], *, seen: list[Event] | None = None) -> Event:
     """Return the first event that is wanted; those before it go into `seen`."""
+    seen = [] if seen is None else seen
     deadline_s = time.monotonic() + DEADLINE_S
     while time.monotonic() < deadline_s:
         event = transport.receive(0.05)
         if event is not None and wanted(event):
             return event
-        if event is not None and seen is not None:
+        if event is not None:
             seen.append(event)
     raise AssertionError(f"what was wanted did not come within {DEADLINE_S} s; came: {seen}")
 
@@ -268,6 +269,9 @@ def any_mqtt_harness(request: pytest.FixtureRequest, mosquitto: BrokerProcess) -
 
 class Expect:
     """Waits for events with a deadline, never with a sleep."""
+
+    def that(self, transport: Transport, wanted: Callable[[Event], bool]) -> Event:
+        return until(transport, wanted)
 
     def event(self, transport: Transport, kind: type[E], *, seen: list[Event] | None = None) -> E:
         event = until(transport, lambda event: isinstance(event, kind), seen=seen)

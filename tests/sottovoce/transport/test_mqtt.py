@@ -38,8 +38,7 @@ def settings_for(broker, **changes):
 
 def fatal_end(expect, transport) -> str:
     """Wait until the transport gives up and return its reason."""
-    while not (event := expect.event(transport, Disconnected)).fatal:
-        pass
+    event = expect.that(transport, lambda event: isinstance(event, Disconnected) and event.fatal)
     with pytest.raises(TransportError, match="closed"):
         transport.publish("sv1/f/st/pi-1", b"")
     return event.reason

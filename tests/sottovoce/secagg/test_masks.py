@@ -1,0 +1,107 @@
+"""Mask streams: what is added comes off again, word by word; every lane of a masked input is uniform."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+
+from sottovoce.plan import Aggregation, Counted, LocalWork, Plan, PrivacyTerms, Quantised, blob_ref
+from sottovoce.secagg.lanes import encode, layout_of
+from sottovoce.secagg.masks import MaskExpander
+from sottovoce.secagg.server_stages import CollectingInputs
+
+# Narrow parts that end before, at and after the expander's block of 128 KiB, and none at all.
+SHAPES = [(40, 16), (2**17 + 16, 16), (2**17, 2**17), (3 * 2**17 + 8, 2**17 + 24), (24, 24)]
+
+
+def stream(cipher: str, key: bytes, length: int) -> bytes:
+    """The stream by its definition, in one piece."""
+    if cipher == "chacha20":
+        return Cipher(algorithms.ChaCha20(key, bytes(16)), mode=None).encryptor().update(bytes(length))
+    return Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor().update(bytes(length))
+
+
+@pytest.mark.parametrize(("cipher", "key_bytes"), [("aes-128-ctr", 16), ("chacha20", 32)])
+@pytest.mark.parametrize(("vector_bytes", "wide_bytes"), SHAPES)
+def test_a_mask_is_one_stream_over_the_whole_vector_added_word_by_word(
+    fleet: Any, fixed_entropy: Any, cipher: str, key_bytes: int, vector_bytes: int, wide_bytes: int
+) -> None:
+    entropy = fixed_entropy(vector_bytes)
+    expander = MaskExpander(fleet.parameters(cipher=cipher, vector_bytes=vector_bytes, wide_bytes=wide_bytes))
+    plain, keys = entropy(vector_bytes), [entropy(key_bytes), entropy(key_bytes)]
+    vector = bytearray(plain)
+    expander.add(vector, keys[0])
+    expander.subtract(vector, keys[1])
+    split = vector_bytes - wide_bytes
+    for start, stop, dtype in ((0, split, "<u4"), (split, vector_bytes, "<u8")):
+        words = [np.frombuffer(stream(cipher, key, vector_bytes)[start:stop], dtype) for key in keys]
+        expected = np.frombuffer(plain[start:stop], dtype) + words[0] - words[1]
+        assert bytes(vector[start:stop]) == expected.tobytes()
+    expander.subtract(vector, keys[0])
+    expander.add(vector, keys[1])
+    assert bytes(vector) == plain
+
+
+def test_the_last_stream_can_be_erased(fleet: Any) -> None:
+    expander = MaskExpander(fleet.parameters())
+    expander.add(bytearray(fleet.vector_bytes), bytes(16))
+    assert any(expander._stream)
+    expander.erase()
+    assert not any(expander._stream)
+
+
+def chi_square(words: np.ndarray[Any, Any], bits: int) -> float:
+    """Chi-square statistic of the top 4 bits of `words` against uniform: 15 degrees of freedom."""
+    counts = np.bincount((words >> np.uint64(bits - 4)).astype(int), minlength=16)
+    expected = words.size / 16
+    return float(((counts - expected) ** 2 / expected).sum())
+
+
+def kolmogorov_smirnov(words: np.ndarray[Any, Any], bits: int) -> float:
+    """sqrt(n) times the largest distance between the empirical distribution and the uniform one."""
+    sample = np.sort(words.astype(np.float64) / 2.0**bits)
+    steps = np.arange(sample.size) / sample.size
+    return float(np.sqrt(sample.size) * max(np.max(steps + 1 / sample.size - sample), np.max(sample - steps)))
+
+
+@pytest.mark.parametrize("cipher", ["aes-128-ctr", "chacha20"])
+def test_every_lane_of_a_masked_input_is_uniform(fleet: Any, fixed_entropy: Any, cipher: str) -> None:
+    """The plainest input there is, all zeros but the weight, over many sessions; each lane by itself."""
+    plan = Plan(
+        fleet="choir",
+        name="song",
+        collection="notes",
+        program=blob_ref(b"program"),
+        work=LocalWork(),
+        aggregations=(
+            Aggregation(name="update", tensors=("float32[3]",), encoding=Quantised(half_range=1, bits=8)),
+            Aggregation(name="count", tensors=("int32[1]",), encoding=Counted(maximum=9), lane="uint64"),
+        ),
+        privacy=PrivacyTerms(purpose="a test", minimum_cohort=3, weight_cap=4),
+    )
+    layout = layout_of(plan, maximum_clients=100)
+    zeros: dict[str, list[Any]] = {"update": [np.zeros(3, np.float32)], "count": [np.zeros(1, np.int32)]}
+    sizes = {"vector_bytes": layout.vector_bytes, "wide_bytes": layout.wide_bytes}
+    parameters = fleet.parameters(cipher=cipher, mode="curious", **sizes)
+    masked = bytearray()
+    for seed in range(60):
+        rehearsal = fleet.rehearse(4, seed=seed, parameters=parameters)
+        for index, device in enumerate(rehearsal.devices):
+            plain = encode(layout, zeros, weight=1, entropy=fixed_entropy(index))
+            entropy = fixed_entropy(1000 * seed + index)
+            rehearsal.clients[device] = fleet.client(device, plain, parameters=parameters, entropy=entropy)
+        requests = rehearsal.run_until(CollectingInputs)
+        for device in rehearsal.devices:
+            rehearsal.clients[device].receive(requests[device])
+            masked += rehearsal.clients[device].masked_vector
+    rows = np.frombuffer(masked, np.uint8).reshape(-1, layout.vector_bytes)
+    lanes = [(start, 4, "<u4") for start in range(0, 16, 4)] + [(start, 8, "<u8") for start in range(16, 40, 8)]
+    assert len(rows) == 240
+    for start, width, dtype in lanes:
+        words = np.ascontiguousarray(rows[:, start : start + width]).view(dtype).ravel().astype(np.uint64)
+        assert chi_square(words, 8 * width) < 44.3, start  # p = 0.0001
+        assert kolmogorov_smirnov(words, 8 * width) < 2.23, start  # p = 0.0001
+        assert np.unique(words).size == words.size

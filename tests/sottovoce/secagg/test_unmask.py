@@ -1,0 +1,106 @@
+"""Rebuilding secrets when some shares are wrong: other subsets, in a fixed order, and an end to it."""
+
+from __future__ import annotations
+
+import hashlib
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sottovoce.errors import BadShare
+from sottovoce.secagg import shamir, unmask
+
+SESSION = b"S" * 32
+SECRETS = {3: b"three" + bytes(27), 8: b"eight" + bytes(27)}
+
+
+class Case:
+    """Shares of two owners' secrets at nine points; the owners check what comes out."""
+
+    def __init__(self, entropy: Any, threshold: int = 5, holders: int = 9) -> None:
+        self.threshold = threshold
+        points = tuple(range(1, holders + 1))
+        rows = shamir.split(tuple(SECRETS.values()), points=points, threshold=threshold, entropy=entropy)
+        self.given = {
+            point: ([*SECRETS], shamir.parse_shares(row).copy()) for point, row in zip(points, rows, strict=True)
+        }
+        self.tried = 0
+
+    def verify(self, owner: int, secret: bytes) -> None:
+        self.tried += 1
+        if secret != SECRETS[owner]:
+            raise BadShare("not it")
+
+    def spoil(self, point: int, owner: int | None = None) -> None:
+        for row, name in enumerate(SECRETS):
+            if owner in (None, name):
+                error = int.from_bytes(hashlib.sha256(bytes([point])).digest()[:2], "little")
+                self.given[point][1][row] = (self.given[point][1][row].astype(int) + 1 + error) % shamir.PRIME
+
+    def rebuild(self, owners: tuple[int, ...] = tuple(SECRETS)) -> dict[int, bytes]:
+        return unmask.rebuild_secrets(
+            self.given, owners=owners, threshold=self.threshold, verify=self.verify, session=SESSION
+        )
+
+
+def test_good_shares_need_one_try_each(fixed_entropy: Any) -> None:
+    case = Case(fixed_entropy(1))
+    assert case.rebuild() == SECRETS
+    assert case.tried == 2
+
+
+@pytest.mark.parametrize("liars", [*combinations(range(1, 10), 1), *combinations(range(1, 10), 2)])
+def test_one_or_two_liars_are_always_survived(fixed_entropy: Any, liars: tuple[int, ...]) -> None:
+    case = Case(fixed_entropy(2))
+    for liar in liars:
+        case.spoil(liar)
+    assert case.rebuild() == SECRETS
+
+
+def test_a_liar_about_one_owner_only_delays_that_one(fixed_entropy: Any) -> None:
+    case = Case(fixed_entropy(3))
+    case.spoil(1, owner=8)
+    assert case.rebuild() == SECRETS
+    assert case.tried <= 3
+
+
+def test_the_search_ends_and_repeats_itself(fixed_entropy: Any) -> None:
+    tried = []
+    for _ in range(2):
+        case = Case(fixed_entropy(4))
+        for liar in range(1, 6):
+            case.spoil(liar)
+        with pytest.raises(BadShare, match="2 members"):
+            case.rebuild()
+        tried.append(case.tried)
+    assert tried[0] == tried[1] <= 2 * unmask.MAX_SUBSETS
+
+
+def test_subsets_are_distinct_members_first_runs_then_seeded() -> None:
+    subsets = list(unmask._subsets(9, 5, SESSION))
+    assert len(subsets) == unmask.MAX_SUBSETS
+    assert subsets[0] == [0, 1, 2, 3, 4]
+    assert subsets[8] == [8, 0, 1, 2, 3]
+    assert all(len(set(subset)) == 5 and max(subset) < 9 for subset in subsets)
+    assert len({tuple(sorted(subset)) for subset in subsets}) > 100
+    assert list(unmask._subsets(5, 5, SESSION)) == [[0, 1, 2, 3, 4]]
+    assert len(list(unmask._subsets(1000, 5, SESSION))) == unmask.MAX_SUBSETS
+
+
+def test_too_few_shares_or_none_are_noticed(fixed_entropy: Any) -> None:
+    with pytest.raises(BadShare, match="4 shares"):
+        Case(fixed_entropy(5), threshold=5, holders=4).rebuild()
+    with pytest.raises(BadShare, match="0 shares"):
+        Case(fixed_entropy(5)).rebuild(owners=(3, 99))
+
+
+def test_owners_with_different_holders_are_rebuilt_in_groups(fixed_entropy: Any) -> None:
+    case = Case(fixed_entropy(6))
+    for point in (1, 2):
+        owners, limbs = case.given[point]
+        case.given[point] = owners[:1], limbs[:1]
+    del case.given[9]
+    assert case.rebuild() == SECRETS
+    assert all(isinstance(limbs, np.ndarray) for _, limbs in case.given.values())
