@@ -21,7 +21,8 @@ import numpy as np
 from coordinator.assignment import load_program
 from coordinator.events import LOG, EventLog
 from coordinator.home import load_setup, make_home, open_transport
-from coordinator.journal import Journal, TaskRow
+from coordinator.journal import Journal
+from coordinator.journal_rows import TaskRow
 from coordinator.program import FederatedProgram, build_program
 from coordinator.service import Service
 from coordinator.settings import read_settings, read_text

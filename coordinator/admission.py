@@ -101,10 +101,11 @@ class Admission:
     def _message(self, device: str, payload: bytes, at: datetime.datetime) -> Opened[Any] | StatusHint:
         envelope = parse(payload, max_bytes=_MAX_DEVICE_MESSAGE_BYTES)
         self._check_address(envelope, device, recipient=self._coordinator)
-        if envelope.name == Withdraw.__name__ and not self._fleet.knows(device):
+        shown = _certificate_in(envelope)
+        if shown is not None:
+            certificate = self._fleet.verify(shown, at=at)
+        elif envelope.name == Withdraw.__name__ and not self._fleet.knows(device):
             return StatusHint(device, online=False)
-        if envelope.name == CheckIn.__name__:
-            certificate = self._fleet.verify(parse_body(envelope, CheckIn).certificate, at=at)
         else:
             certificate = self._fleet.certificate(device, fingerprint=envelope.fingerprint, at=at)
         opened = open_envelope(envelope, certificate, payload)
@@ -122,6 +123,17 @@ class Admission:
     def _check_address(self, envelope: Envelope, device: str, *, recipient: str) -> None:
         if envelope.sender != device or envelope.recipient != recipient:
             raise WrongAddress(f"a message of {envelope.sender} to {envelope.recipient} on the topic of {device}")
+
+
+def _certificate_in(envelope: Envelope) -> bytes | None:
+    """Return the certificate (DER) in a message that shows its sender's, else None."""
+    match envelope.name:
+        case CheckIn.__name__:
+            return parse_body(envelope, CheckIn).certificate
+        case Withdraw.__name__:
+            return parse_body(envelope, Withdraw).certificate or None
+        case _:
+            return None
 
 
 def _online(message: object) -> bool:

@@ -11,6 +11,7 @@ from collections import deque
 
 from coordinator.assignment import Assignment
 from coordinator.phases import Terms
+from sottovoce.errors import TransportError
 from sottovoce.identity import Identity, SignedContext
 from sottovoce.plan import BlobRef
 from sottovoce.transport.base import Transport
@@ -112,27 +113,38 @@ class Announcer:
         self._publisher.restore()
         self._waiting.extend(self._retained.items())
 
-    def adopt(self, topic: str, payload: bytes) -> None:
-        """Look at a retained blob chunk that the broker still has, and clear it unless it is wanted.
+    def adopt(self, topic: str, payload: bytes, *, retained: bool) -> None:
+        """Look at a blob chunk that the subscription has brought up, and clear it unless it is wanted.
+
+        Args:
+            topic: Where it was published.
+            payload: Its bytes; nothing where it was cleared.
+            retained: The broker had kept it. What it had kept comes first, so the first chunk that it had not is one
+                of the coordinator's own: all leftovers are known, and nothing needs to be listened to any longer.
 
         Raises:
             MalformedMessage: Not the topic of a blob chunk.
         """
         self._publisher.adopt(topic, payload)
+        if payload and not retained and self._seeking_leftovers:
+            self._transport.unsubscribe(self._topics.all_blobs_filter())
+            self._seeking_leftovers = False
 
     def advance(self) -> bool:
-        """Hand over as much as the link takes now; return True when nothing is left.
-
-        Raises:
-            TransportError: The link is closed.
-        """
-        if not self._publisher.advance():
-            return False
-        while self._waiting:
-            topic, envelope = self._waiting[0]
-            self._transport.publish(topic, envelope, retain=True)
-            self._waiting.popleft()
-        self._seek_leftovers()
+        """Hand over as much as the link takes now; return True when nothing is left."""
+        try:
+            if not self._publisher.advance():
+                return False
+            while self._waiting:
+                topic, envelope = self._waiting[0]
+                self._transport.publish(topic, envelope, retain=True)
+                self._waiting.popleft()
+        except TransportError:
+            return False  # The queue is full, or the link is closed for good: then the transport says so itself.
+        if self._seeking_leftovers is None:
+            # What is wanted is out: now ask what else the broker retains from an earlier run, to clear it.
+            self._transport.subscribe(self._topics.all_blobs_filter())
+            self._seeking_leftovers = True
         return True
 
     def _publish(self, topic: str, envelope: bytes) -> None:
@@ -142,15 +154,3 @@ class Announcer:
     def _context(self, number: int, attempt: int) -> SignedContext:
         certificate = self._identity.certificate
         return SignedContext(certificate.name, ALL, certificate.fleet, number, attempt)
-
-    def _seek_leftovers(self) -> None:
-        """Once, when what is wanted has been published: ask the broker which chunks it retains, to clear the others."""
-        if self._seeking_leftovers is None:
-            self._transport.subscribe(self._topics.all_blobs_filter())
-            self._seeking_leftovers = True
-
-    def stop_seeking(self) -> None:
-        """Listen no longer to blob chunks; the coordinator's own would come back with every round."""
-        if self._seeking_leftovers:
-            self._transport.unsubscribe(self._topics.all_blobs_filter())
-            self._seeking_leftovers = False

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from coordinator.journal import Journal, TaskRow
+from coordinator.journal import Journal
+from coordinator.journal_rows import TaskRow
 from coordinator.phases import Terms
 from coordinator.program import FederatedProgram, Tensors, build_program
 from coordinator.settings import UploadSettings

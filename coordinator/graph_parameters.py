@@ -21,11 +21,13 @@ An *active* server sees the ring before it chooses who drops, and may try many r
     connected    n^2/2 * Pr[Hyp(n, c, k/2) >= t - k/2]^2 <= 2^-(sigma+1)
 
 One answer: t shares of the self seed and t of the mask key of one client need 2t answers from k neighbours, of whom
-only the at most a corrupt ones answer both ways. Connected: whoever answers beside a gap of k/2 has at most k/2
-signatures on the survivor set from its other side, so t - k/2 corrupt clients must sit in the gap; two gaps are needed,
-and corrupt clients in disjoint windows of the ring are negatively associated, hence the square. The second has implied
-the first wherever it was tried; the proof needs both. Both are easier with a larger t, so t is the largest that
-completes.
+only the at most a corrupt ones answer both ways. Connected: a survivor beside a gap of k/2 is unmasked only by the at
+most k/2 neighbours on its other side and the corrupt ones in the gap, so t - k/2 of those are needed; a cut takes two
+gaps, and corrupt clients in disjoint windows of the ring are negatively associated, hence the square. This holds if a
+neighbour answers only for survivors that masked with it. Without that check the server can tell the two banks of a
+gap different lists of who shared keys, the far bank answers too, and fewer corrupt clients are enough. The second
+condition has implied the first wherever it was tried; the proof needs both. Both are easier with a larger t, so t is
+the largest that completes.
 
 The union bounds lose nothing: a random client's neighbours are a uniform k-subset of all n, so n * Pr[Hyp(n, m, k) > x]
 is exactly the expected number of clients with more than x marked neighbours. Tails are summed by `hypergeom.sf`;

@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
-from coordinator.service import Setup
+from coordinator.sequence import Setup
 from coordinator.settings import SETTINGS_TEMPLATE, BrokerSettings, CoordinatorSettings
 from sottovoce.errors import BadCertificate, ConfigError
 from sottovoce.identity import (

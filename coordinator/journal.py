@@ -11,16 +11,13 @@ import json
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
+from coordinator.journal_rows import Ending, Opening, Phase, RoundRow, TaskRow, TaskStatus, round_row, task_row
 from sottovoce.errors import ConfigError
 from sottovoce.plan import digest_of
-
-TaskStatus: TypeAlias = Literal["queued", "running", "done", "failed", "cancelled"]
-Phase: TypeAlias = Literal["selection", "configuration", "reporting", "committed", "abandoned"]
 
 _BUSY_TIMEOUT_S = 10.0
 _SCHEMA_VERSION = 1
@@ -48,128 +45,6 @@ CREATE TABLE IF NOT EXISTS refusals (reason TEXT PRIMARY KEY, count INTEGER NOT 
 CREATE TABLE IF NOT EXISTS certificates (
     device TEXT PRIMARY KEY, der BLOB NOT NULL, seen_ms INTEGER NOT NULL) WITHOUT ROWID;
 """
-
-
-@dataclass(frozen=True, slots=True)
-class TaskRow:
-    """A task as it stands.
-
-    Attributes:
-        id: Row number; tasks run in this order.
-        name: The task's name.
-        toml: The task file's text.
-        bundle: Digest of the bundle blob.
-        moments: Digest of the moments bundle blob, or None.
-        status: queued, running, done, failed or cancelled.
-        reason: Why it failed, else empty.
-        position: How many of its rounds have committed.
-    """
-
-    id: int
-    name: str
-    toml: str
-    bundle: bytes
-    moments: bytes | None
-    status: TaskStatus
-    reason: str
-    position: int
-
-
-@dataclass(frozen=True, slots=True)
-class Traffic:
-    """Bytes exchanged in a round.
-
-    Attributes:
-        up: Per device, what it sent to the coordinator.
-        down: Per device, what the coordinator sent to it alone.
-        broadcast: What every device of the cohort has to download besides: announcement, outcome and new blobs.
-    """
-
-    up: Mapping[str, int] = field(default_factory=dict)
-    down: Mapping[str, int] = field(default_factory=dict)
-    broadcast: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class RoundRow:
-    """A round as it stands.
-
-    Attributes:
-        id: Row number.
-        task_id: Row number of its task.
-        task: Name of its task.
-        position: Which of the task's rounds, from 0.
-        round, attempt: As announced.
-        plan_name: Name of the plan.
-        state: Digest of the state it started from.
-        phase: Where it stands.
-        reason: Why it was abandoned, else empty.
-        cohort, survivors: Device ids.
-        dropped: Stage -> device ids.
-        metrics: Name -> number.
-        traffic: Bytes.
-        started_ms, ended_ms: Unix milliseconds; the end is None while it runs.
-    """
-
-    id: int
-    task_id: int
-    task: str
-    position: int
-    round: int
-    attempt: int
-    plan_name: str
-    state: bytes
-    phase: Phase
-    reason: str
-    cohort: list[str]
-    survivors: list[str]
-    dropped: dict[str, list[str]]
-    metrics: dict[str, float]
-    traffic: Traffic
-    started_ms: int
-    ended_ms: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class Opening:
-    """A round that is about to be announced.
-
-    Attributes:
-        task: Row number of the task.
-        position: Which of the task's rounds.
-        round, attempt: Its number.
-        plan_name: Name of the plan.
-        plan: Content of the plan blob.
-        state: Content of the state blob.
-        started_ms: Unix milliseconds.
-    """
-
-    task: int
-    position: int
-    round: int
-    attempt: int
-    plan_name: str
-    plan: bytes
-    state: bytes
-    started_ms: int
-
-
-@dataclass(frozen=True, slots=True)
-class Ending:
-    """How a round ended, for everybody to see: names and sums.
-
-    Attributes:
-        cohort, survivors: Device ids.
-        dropped: Stage -> device ids.
-        traffic: Bytes.
-        ended_ms: Unix milliseconds.
-    """
-
-    cohort: Sequence[str]
-    survivors: Sequence[str]
-    dropped: Mapping[str, Sequence[str]]
-    traffic: Traffic
-    ended_ms: int
 
 
 class Journal:
@@ -290,19 +165,19 @@ class Journal:
 
     def tasks(self) -> list[TaskRow]:
         """Return all tasks in the order of submission."""
-        return [_task(row) for row in self._db.execute("SELECT * FROM tasks ORDER BY id")]
+        return [task_row(row) for row in self._db.execute("SELECT * FROM tasks ORDER BY id")]
 
     def task(self, number: int) -> TaskRow | None:
         """Return one task."""
         row = self._db.execute("SELECT * FROM tasks WHERE id = ?", (number,)).fetchone()
-        return _task(row) if row else None
+        return task_row(row) if row else None
 
     def next_task(self) -> TaskRow | None:
         """Return the task that is running, else the first one queued, else None."""
         row = self._db.execute(
             "SELECT * FROM tasks WHERE status IN ('running', 'queued') ORDER BY status = 'queued', id LIMIT 1"
         ).fetchone()
-        return _task(row) if row else None
+        return task_row(row) if row else None
 
     def begin_task(self, number: int, first_state: bytes) -> None:
         """Mark a task as running, with the state before its first round."""
@@ -401,7 +276,7 @@ class Journal:
 
     def _rounds(self, suffix: str, values: Sequence[Any]) -> list[RoundRow]:
         query = "SELECT rounds.*, tasks.name AS task_name FROM rounds JOIN tasks ON tasks.id = rounds.task "
-        return [_round(row) for row in self._db.execute(query + suffix, values)]
+        return [round_row(row) for row in self._db.execute(query + suffix, values)]
 
     # --- refusals and certificates ------------------------------------------------------------------------------------
 
@@ -428,38 +303,3 @@ class Journal:
 
 def _json(value: object) -> str:
     return json.dumps(value, sort_keys=True)
-
-
-def _task(row: sqlite3.Row) -> TaskRow:
-    return TaskRow(
-        id=row["id"],
-        name=row["name"],
-        toml=row["toml"],
-        bundle=bytes(row["bundle"]),
-        moments=bytes(row["moments"]) if row["moments"] is not None else None,
-        status=row["status"],
-        reason=row["reason"],
-        position=row["position"],
-    )
-
-
-def _round(row: sqlite3.Row) -> RoundRow:
-    return RoundRow(
-        id=row["id"],
-        task_id=row["task"],
-        task=row["task_name"],
-        position=row["position"],
-        round=row["round"],
-        attempt=row["attempt"],
-        plan_name=row["plan_name"],
-        state=bytes(row["state"]),
-        phase=row["phase"],
-        reason=row["reason"],
-        cohort=json.loads(row["cohort"]),
-        survivors=json.loads(row["survivors"]),
-        dropped=json.loads(row["dropped"]),
-        metrics=json.loads(row["metrics"]),
-        traffic=Traffic(json.loads(row["bytes_up"]), json.loads(row["bytes_down"]), row["broadcast_bytes"]),
-        started_ms=row["started_ms"],
-        ended_ms=row["ended_ms"],
-    )

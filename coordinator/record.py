@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from coordinator.assignment import Assignment
 from coordinator.events import LOG, EventLog
-from coordinator.journal import Ending, Traffic
+from coordinator.journal_rows import Ending, Traffic
 from coordinator.phases import Abandoned, Committed
 from coordinator.round import Round
 

@@ -130,7 +130,7 @@ class BrokerSettings(Document, frozen=True):
     username: str = ""
     password_file: str = ""
     keepalive_s: Positive = 60
-    chunk_bytes: Annotated[int, msgspec.Meta(ge=1024, le=16_000_000)] = DEFAULT_CHUNK_BYTES
+    chunk_bytes: Annotated[int, msgspec.Meta(ge=4096, le=2**24)] = DEFAULT_CHUNK_BYTES
 
 
 class UploadSettings(Document, frozen=True):

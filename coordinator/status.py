@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from coordinator.journal import Journal, RoundRow
+from coordinator.journal import Journal
+from coordinator.journal_rows import RoundRow
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -130,8 +130,10 @@ def _once(options: argparse.Namespace) -> None:
 def _agent(options: argparse.Namespace, *, resident: bool) -> Iterator[Agent]:
     """Yield the agent of this home; SIGTERM and SIGINT stop it in an orderly way."""
     # The shell and the MQTT library are imported here: the owner's other commands answer at once without them.
-    from edge_agent.agent import Agent, Clock, Setup, last_will
+    from edge_agent.agent import Agent, Clock
     from edge_agent.ledger import Ledger
+    from edge_agent.performer import Setup
+    from edge_agent.presence import last_will
     from sottovoce.transport.mqtt import MqttTransport
 
     home = _home(options)

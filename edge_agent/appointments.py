@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 from dataclasses import dataclass
 
-from edge_agent.steps import (
+from edge_agent.states import (
     AwaitingOutcome,
     CheckedIn,
     Device,

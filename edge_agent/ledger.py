@@ -171,6 +171,11 @@ class Ledger:
         ).fetchone()
         return None if row is None else (int(row[0]), int(row[1]))
 
+    def rounds_reached(self) -> dict[str, tuple[int, int]]:
+        """Return the highest (round, attempt) this device has reached, by plan name; for its owner to see."""
+        rows = self._database.execute("SELECT plan_name, round, attempt FROM round_reached ORDER BY plan_name")
+        return {str(name): (int(round_), int(attempt)) for name, round_, attempt in rows}
+
     def advance_round(self, fleet: str, plan_name: str, *, round: int, attempt: int) -> bool:
         """Go to a round; return True if it is a new one, False if it is the one this device is in already.
 

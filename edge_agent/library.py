@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
@@ -17,6 +18,12 @@ Arrived: TypeAlias = Callable[[bytes], None]
 _RETRY_MS = 30_000
 
 
+@dataclass(frozen=True, slots=True)
+class _Request:
+    arrived: Arrived
+    lasting: bool
+
+
 class Library:
     """Blobs by digest, with what is to happen when one arrives."""
 
@@ -26,7 +33,7 @@ class Library:
         self._transport = transport
         self._topics = topics
         self._fetcher = BlobFetcher(topics)
-        self._callbacks: dict[bytes, list[Arrived]] = {}
+        self._callbacks: dict[bytes, list[_Request]] = {}
         self._progress_ms = 0
 
     @property
@@ -39,18 +46,26 @@ class Library:
         """How many chunks were dropped because they did not match their digests."""
         return self._fetcher.refused.total()
 
-    def request(self, ref: BlobRef, arrived: Arrived, *, now_ms: int) -> None:
+    def request(self, ref: BlobRef, arrived: Arrived, *, now_ms: int, lasting: bool = False) -> None:
         """Have `arrived` called with the content of `ref`: at once if it is here, else when it has come.
+
+        Args:
+            ref: The blob.
+            arrived: Called once.
+            now_ms: The time, for `retry`.
+            lasting: The request outlives `forget_requests`, until the next lasting one takes its place.
 
         Raises:
             BadBlob: It can never be fetched: too large, or nowhere this release can fetch from.
         """
+        if lasting:
+            self._forget(lambda request: request.lasting)
         content = self._cache.get(ref.digest)
         if content is not None:
             arrived(content)
             return
         effects = self._fetcher.want(ref)
-        self._callbacks.setdefault(ref.digest, []).append(arrived)
+        self._callbacks.setdefault(ref.digest, []).append(_Request(arrived, lasting))
         self._progress_ms = now_ms
         self._perform(effects)
 
@@ -88,10 +103,17 @@ class Library:
         return content
 
     def forget_requests(self) -> None:
-        """Stop waiting for everything: another round has other needs."""
-        waiting, self._callbacks = self._callbacks, {}
-        for digest in waiting:
-            self._perform(self._fetcher.cancel(digest))
+        """Stop waiting for everything that is not lasting: another round has other needs."""
+        self._forget(lambda request: not request.lasting)
+
+    def _forget(self, unwanted: Callable[[_Request], bool]) -> None:
+        for digest, requests in list(self._callbacks.items()):
+            wanted = [request for request in requests if not unwanted(request)]
+            if wanted:
+                self._callbacks[digest] = wanted
+            else:
+                del self._callbacks[digest]
+                self._perform(self._fetcher.cancel(digest))
 
     def _perform(self, effects: list[FetchEffect]) -> None:
         # What arrives comes last: it may ask for the next blob, or fail.
@@ -112,5 +134,5 @@ class Library:
             self._cache.put(ref.digest, content)
         except OSError as error:
             raise ConfigError(f"cannot keep a blob ({error.strerror}); is the disk full?") from error
-        for arrived in self._callbacks.pop(ref.digest, []):
-            arrived(content)
+        for request in self._callbacks.pop(ref.digest, []):
+            request.arrived(content)

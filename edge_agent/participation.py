@@ -27,9 +27,8 @@ from edge_agent.effects import (
     Send,
 )
 from edge_agent.policy import check_plan
-from edge_agent.steps import (
+from edge_agent.states import (
     IN_SESSION,
-    STEPS,
     TAKING_PART,
     Advertised,
     AwaitingOutcome,
@@ -40,18 +39,16 @@ from edge_agent.steps import (
     OpenRound,
     Sharing,
     State,
-    StepFunction,
     Uploaded,
     Uploading,
     Waiting,
     Watching,
-    begin_fetching,
     entry_of,
-    leave,
     present,
     send,
     session_id_of,
 )
+from edge_agent.steps import STEPS, StepFunction, begin_fetching, leave
 from sottovoce.errors import (
     BadExamples,
     ConfigError,
@@ -115,7 +112,7 @@ class Participation:
 
     Attributes:
         device: Who takes part, and on which terms.
-        state: Where it stands; see `edge_agent.steps`.
+        state: Where it stands; see `edge_agent.states`.
     """
 
     def __init__(
@@ -221,7 +218,7 @@ class Participation:
         try:
             plan = decode_plan(event.content)
         except ConfigError as error:
-            return self._refuse(candidate, None, error, now_ms)
+            return self._refuse(candidate, None, error, now_ms, code="bad_plan")
         if self._last_outcome is not None and self._last_outcome.announcement == candidate.digest:
             return self._look_back(candidate, plan, self._last_outcome, now_ms)
         if not self._is_new(candidate, plan, event.facts):
@@ -287,13 +284,13 @@ class Participation:
         return self._enter(CheckedIn(round_), [round_.send(check_in)], now_ms)
 
     def _refuse(
-        self, candidate: _Candidate, plan: Plan | None, error: SottovoceError, now_ms: int
+        self, candidate: _Candidate, plan: Plan | None, error: SottovoceError, now_ms: int, code: str | None = None
     ) -> list[Effect]:  # fmt: skip
         # A plan that the owner refuses leaves no trace: its states are not fetched either.
         entry = _entry(candidate, None if isinstance(error, PolicyRefusal) else plan)
         effects: list[Effect] = [
             Log(f"round {candidate.round}: {error}", warning=True),
-            send(entry, Withdraw(code=code_of(error))),
+            send(entry, Withdraw(code=code or code_of(error), certificate=self.device.identity.certificate.der)),
         ]
         return self._enter(Watching(entry, str(error)), effects, now_ms)
 
@@ -411,10 +408,8 @@ def code_of(error: SottovoceError) -> str:
             return code
         case RemoteProtocolError(reason=reason) | CryptoError(reason=reason) | RoundAbandoned(reason=reason):
             return reason
-        case ConfigError():
-            return "bad_plan"
         case _:
-            return "agent"
+            return "device"
 
 
 def _entry(candidate: _Candidate, plan: Plan | None) -> Entry:

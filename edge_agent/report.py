@@ -32,6 +32,7 @@ class Report(msgspec.Struct, frozen=True):
         policy: What the owner allows.
         collections: Collection -> number of examples.
         pending: Sealed checkpoints and results that wait on disk.
+        last_rounds: Plan name -> newest (round, attempt) that is over for this device.
         states: Digests of the programs for which a state of the fleet is here.
         releases: How many masked updates may have left this device.
         last_releases: The newest of them, newest first.
@@ -45,6 +46,7 @@ class Report(msgspec.Struct, frozen=True):
     policy: dict[str, Any]
     collections: dict[str, int]
     pending: list[str]
+    last_rounds: dict[str, tuple[int, int]]
     states: list[str]
     releases: int
     last_releases: list[dict[str, Any]]
@@ -57,7 +59,7 @@ def make_report(home: Home, config: AgentConfig) -> Report:
         ConfigError: A file in it cannot be used.
     """
     with Ledger(home.ledger) as ledger, ExampleStore(home.examples) as examples:
-        rows, collections = ledger.rows(), examples.collections()
+        rows, collections, last_rounds = ledger.rows(), examples.collections(), ledger.rounds_reached()
     latest = home.path / LATEST_FOLDER
     return Report(
         device=config.device,
@@ -68,6 +70,7 @@ def make_report(home: Home, config: AgentConfig) -> Report:
         policy={f.name: getattr(config.policy, f.name) for f in dataclasses.fields(config.policy)},
         collections=collections,
         pending=sorted(path.stem for path in home.pending.glob("*.sealed")) if home.pending.is_dir() else [],
+        last_rounds=last_rounds,
         states=sorted(path.stem for path in latest.glob("*.state")) if latest.is_dir() else [],
         releases=len(rows),
         last_releases=[_release(row) for row in rows[:_NEWEST]],
@@ -83,6 +86,8 @@ def lines(report: Report) -> Iterator[str]:
     collections = ", ".join(f"{name} ({count} examples)" for name, count in report.collections.items())
     yield f"collections  {collections or 'none: edge-agent import COLLECTION FILE'}"
     yield f"unfinished   {', '.join(report.pending) or 'nothing'}"
+    rounds = ", ".join(f"{number}.{attempt} of {plan}" for plan, (number, attempt) in report.last_rounds.items())
+    yield f"last round   {rounds or 'none yet'}"
     if not report.last_releases:
         yield "released     nothing has left this device"
         return

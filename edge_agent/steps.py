@@ -1,28 +1,16 @@
-"""The states of a device's part in one round, and the table of what may happen in each: pure functions, no I/O.
+"""What may happen in each state of a device's part in a round: one table of pure functions, no I/O.
 
-    Idle            no round is known
-    CheckedIn       eligible and willing; waits for the selection
-    Fetching        selected; waits for the program and the state
-    Working         runs the program over its examples
-    Waiting         the result is on disk, encrypted; waits for the rendezvous
-    Opening         the rendezvous is open; the result is being read back
-    Advertised      waits for the roster
-    Sharing         waits for its neighbours' shares
-    Uploading       the update is spent; sends the masked vector
-    Uploaded        the vector has arrived; waits for the survivor set
-    AwaitingOutcome its part is done; waits to hear how the round ended
-    Watching        knows the round, has no part in it (any more)
-
-Every state holds only what it may know: the secrets of a session exist from Advertised to Uploaded, inside
-`ClientSession`, and leaving those states drops them.
+See `edge_agent.states` for the states. A step takes the device, the state, the message or event, and the time; it
+returns the next state and the effects, or raises: then nothing has changed, and `edge_agent.participation` decides.
 """
 
 from __future__ import annotations
 
-import datetime
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, TypeAlias, TypeVar
+
+import msgspec
 
 from edge_agent.effects import (
     AdoptState,
@@ -38,7 +26,6 @@ from edge_agent.effects import (
     LoadContribution,
     Log,
     Remember,
-    Send,
     SendChunk,
     Settle,
     Spend,
@@ -46,18 +33,37 @@ from edge_agent.effects import (
     StopWork,
     WorkFinished,
 )
-from edge_agent.policy import Policy, client_terms
-from sottovoce.errors import LocalProtocolError, MalformedMessage
-from sottovoce.identity import NAME, Identity, SignedContext, TrustAnchor, latest_time
-from sottovoce.plan import BlobRef, Plan
+from edge_agent.policy import client_terms
+from edge_agent.states import (
+    TAKING_PART,
+    Advertised,
+    AwaitingOutcome,
+    CheckedIn,
+    Device,
+    Fetching,
+    Idle,
+    Moment,
+    Opening,
+    OpenRound,
+    Sharing,
+    State,
+    Uploaded,
+    Uploading,
+    Waiting,
+    Watching,
+    Working,
+    entry_of,
+    present,
+)
+from sottovoce.errors import ConfigError, LocalProtocolError, MalformedMessage, RemoteProtocolError
+from sottovoce.identity import NAME, SignedContext
+from sottovoce.plan import Plan
 from sottovoce.secagg.client import ClientSession
 from sottovoce.secagg.lanes import encode, layout_of
 from sottovoce.wire.chunks import missing_in_bitmap
 from sottovoce.wire.messages import (
     AdvertiseKeys,
     AdvertiseKeysRequest,
-    Announcement,
-    DeviceMessage,
     MaskedInput,
     MaskedInputRequest,
     Message,
@@ -78,234 +84,12 @@ from sottovoce.wire.messages import (
 
 M = TypeVar("M", bound=Message)
 CHUNKS_IN_FLIGHT = 2
-PRESENT_WITHIN_MS = 60_000
-"""A device that is not resident waits for a rendezvous that is at most this far away."""
 _PENDING_KEPT_MS = 24 * 3600 * 1000
 _LEAF_BYTES = 32
 
 
-@dataclass(frozen=True, slots=True)
-class Device:
-    """Who takes part, and on which terms.
-
-    Attributes:
-        identity: The device's key and certificate.
-        anchor: The pinned fleet CA.
-        policy: What the owner allows.
-        entropy: The system's entropy: number of bytes -> bytes.
-        fast_aes: True if this machine has AES instructions.
-        resident: True if the device stays connected until the round is over.
-        chunk_bytes: Largest chunk of a masked vector that the transport carries.
-    """
-
-    identity: Identity = field(repr=False)
-    anchor: TrustAnchor = field(repr=False)
-    policy: Policy
-    entropy: Callable[[int], bytes] = field(repr=False)
-    fast_aes: bool = False
-    resident: bool = True
-    chunk_bytes: int = 256 * 1024
-
-    @property
-    def name(self) -> str:
-        """The device id."""
-        return self.identity.certificate.name
-
-    @property
-    def fleet(self) -> str:
-        """The fleet."""
-        return self.identity.certificate.fleet
-
-
-@dataclass(frozen=True, slots=True)
-class Moment:
-    """Now, on two clocks.
-
-    Attributes:
-        local_ms: A clock of this process that never goes back; timers use it.
-        coordinator_ms: The best guess of the coordinator's time; appointments use it.
-    """
-
-    local_ms: int
-    coordinator_ms: int
-
-    @property
-    def at(self) -> datetime.datetime:
-        """The time to judge certificates by."""
-        return latest_time(self.coordinator_ms / 1000)
-
-
-@dataclass(frozen=True, slots=True)
-class OpenRound:
-    """A round in which this device has a part.
-
-    Attributes:
-        entry: What would be needed to find back to it.
-        announcement: As signed by the coordinator.
-        plan: What is asked.
-        give_up_ms: Local time at which a silent round is given up.
-    """
-
-    entry: Entry
-    announcement: Announcement
-    plan: Plan
-    give_up_ms: int
-
-    @property
-    def state(self) -> bytes:
-        """Digest of the state that this round starts from."""
-        return self.announcement.state.digest
-
-    def send(self, message: DeviceMessage, session: bytes = bytes(32)) -> Send:
-        """Return the effect that sends `message` to this round's coordinator."""
-        return send(self.entry, message, session)
-
-
-def send(entry: Entry, message: DeviceMessage, session: bytes = bytes(32)) -> Send:
-    """Return the effect that sends `message` to the coordinator of the round in `entry`."""
-    return Send(message, entry.coordinator, entry.round, entry.attempt, session, entry.route)
-
-
-@dataclass(frozen=True, slots=True)
-class Idle:
-    """No round is known."""
-
-
-@dataclass(frozen=True, slots=True)
-class Watching:
-    """A round is known; this device has no part in it (any more). `reason` says why, for people."""
-
-    entry: Entry
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class CheckedIn:
-    """Checked in, not yet selected."""
-
-    round: OpenRound
-
-
-@dataclass(frozen=True, slots=True)
-class Fetching:
-    """Selected; these blobs are still missing."""
-
-    round: OpenRound
-    missing: frozenset[bytes]
-
-
-@dataclass(frozen=True, slots=True)
-class Working:
-    """The program runs."""
-
-    round: OpenRound
-
-
-@dataclass(frozen=True, slots=True)
-class Waiting:
-    """Ready for the rendezvous."""
-
-    round: OpenRound
-
-
-@dataclass(frozen=True, slots=True)
-class Opening:
-    """The rendezvous is open with these parameters; the result is being read back."""
-
-    round: OpenRound
-    parameters: SecAggParameters
-
-
-@dataclass(frozen=True, slots=True)
-class Advertised:
-    """Fresh keys are advertised."""
-
-    round: OpenRound
-    session: ClientSession = field(repr=False)
-    weight: int
-
-
-@dataclass(frozen=True, slots=True)
-class Sharing:
-    """Shares of both secrets are out, to a cohort of this size."""
-
-    round: OpenRound
-    session: ClientSession = field(repr=False)
-    weight: int
-    cohort: int
-
-
-@dataclass(frozen=True, slots=True)
-class Uploading:
-    """Masked; these chunks are on their way."""
-
-    round: OpenRound
-    session: ClientSession = field(repr=False)
-    vector: BlobRef
-    in_flight: frozenset[int] = frozenset()
-
-
-@dataclass(frozen=True, slots=True)
-class Uploaded:
-    """The coordinator has the whole masked vector."""
-
-    round: OpenRound
-    session: ClientSession = field(repr=False)
-
-
-@dataclass(frozen=True, slots=True)
-class AwaitingOutcome:
-    """This device's part is done, or was cut off after masking; only the outcome is missing."""
-
-    entry: Entry
-    give_up_ms: int | None = None
-
-
-State: TypeAlias = (
-    Idle
-    | Watching
-    | CheckedIn
-    | Fetching
-    | Working
-    | Waiting
-    | Opening
-    | Advertised
-    | Sharing
-    | Uploading
-    | Uploaded
-    | AwaitingOutcome
-)
-TakingPart: TypeAlias = CheckedIn | Fetching | Working | Waiting | Opening | Advertised | Sharing | Uploading | Uploaded
-TAKING_PART: tuple[type[TakingPart], ...] = (
-    CheckedIn, Fetching, Working, Waiting, Opening, Advertised, Sharing, Uploading, Uploaded,
-)  # fmt: skip
-"""In these states an error ends the part in the round; in the others there is nothing to drop."""
-IN_SESSION = (Advertised, Sharing, Uploading, Uploaded)
-"""The states that hold the secrets of a session."""
-
 Step: TypeAlias = tuple[State, tuple[Effect, ...]]
 StepFunction: TypeAlias = Callable[[Device, Any, Any, Moment], Step]
-
-
-def entry_of(state: State) -> Entry | None:
-    """Return the entry of the round that `state` belongs to, None for Idle."""
-    match state:
-        case Idle():
-            return None
-        case Watching(entry=entry) | AwaitingOutcome(entry=entry):
-            return entry
-        case _:
-            return state.round.entry
-
-
-def session_id_of(state: State) -> bytes:
-    """Return the id of the session that `state` is in, zeros before the roster and outside sessions."""
-    return state.session.session_id if isinstance(state, IN_SESSION) else bytes(32)
-
-
-def present(device: Device, announcement: Announcement, now: Moment) -> bool:
-    """Say whether the device stays connected until the rendezvous."""
-    return device.resident or announcement.rendezvous_ms - now.coordinator_ms <= PRESENT_WITHIN_MS
 
 
 def leave(state: State, reason: str) -> Step:
@@ -341,7 +125,7 @@ def begin_fetching(round_: OpenRound) -> Step:
 def _selected(device: Device, state: CheckedIn, message: Selected, now: Moment) -> Step:
     if not NAME.fullmatch(message.route):
         raise MalformedMessage("a route that cannot be a topic level")
-    entry = _with(state.round.entry, route=message.route)
+    entry = msgspec.structs.replace(state.round.entry, route=message.route)
     next_state, effects = begin_fetching(replace(state.round, entry=entry))
     return next_state, (Log(f"selected for {_title(entry)}"), Remember(entry), *effects)
 
@@ -412,7 +196,7 @@ def _share(device: Device, state: Advertised, message: Roster, now: Moment) -> S
 def _mask(device: Device, state: Sharing, message: MaskedInputRequest, now: Moment) -> Step:
     session, round_ = state.session, state.round
     reply = _expect(session.receive(message), MaskedInput)
-    entry = _with(round_.entry, session=session.session_id)
+    entry = msgspec.structs.replace(round_.entry, session=session.session_id)
     spent = replace(round_, entry=entry)
     # The order is the guarantee: the plain result is gone and the ledger has its row before a masked byte can leave.
     return Uploading(spent, session, reply.vector), (
@@ -522,19 +306,6 @@ STEPS: Mapping[tuple[type[State], type[Message | Event]], StepFunction] = {
 # --- small things -----------------------------------------------------------------------------------------------------
 
 
-def _with(entry: Entry, *, route: str | None = None, session: bytes | None = None) -> Entry:
-    return Entry(
-        announcement=entry.announcement,
-        coordinator=entry.coordinator,
-        plan_name=entry.plan_name,
-        program=entry.program,
-        round=entry.round,
-        attempt=entry.attempt,
-        route=entry.route if route is None else route,
-        session=entry.session if session is None else session,
-    )
-
-
 def _title(entry: Entry | None) -> str:
     if entry is None:
         return "no round"
@@ -547,7 +318,10 @@ def _context(device: Device, entry: Entry) -> SignedContext:
 
 
 def _quantised(device: Device, plan: Plan, parameters: SecAggParameters, contribution: Contribution) -> bytearray:
-    layout = layout_of(plan, maximum_clients=parameters.maximum_clients)
+    try:
+        layout = layout_of(plan, maximum_clients=parameters.maximum_clients)
+    except ConfigError as error:
+        raise RemoteProtocolError(f"the plan does not fit the session: {error}") from error
     layout.require(parameters)
     values = {a.name: contribution.values[a.name] for a in plan.aggregations if a.name in contribution.values}
     return encode(layout, values, weight=contribution.weight, entropy=device.entropy)

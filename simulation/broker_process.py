@@ -201,6 +201,21 @@ class BrokerProcess:
         """Let a paused broker go on."""
         self._running().send_signal(signal.SIGCONT)
 
+    def save(self) -> None:
+        """Have mosquitto write down now what it would keep over a restart; return when it has.
+
+        Raises:
+            TransportError: It does not.
+        """
+        file = self.folder / "mosquitto.db"
+        before = file.stat().st_mtime_ns if file.exists() else 0
+        self._running().send_signal(signal.SIGUSR1)
+        deadline = time.monotonic() + _START_TIMEOUT_S
+        while not file.exists() or file.stat().st_mtime_ns == before:
+            if time.monotonic() > deadline:
+                raise TransportError(f"the broker does not write {file}; its log:\n{self.log().strip()}")
+            time.sleep(_POLL_S)
+
     def restart(self) -> None:
         """Start the broker again on the same port with what it had saved; stop it first if it runs.
 

@@ -5,6 +5,7 @@ Everything waits for an event or a condition, with a deadline; nothing waits bli
 
 from __future__ import annotations
 
+import random
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,12 +16,17 @@ from typing import Any, Self, TypeAlias
 
 import tomli_w
 
+from coordinator.__main__ import main as coordinator
 from coordinator.journal import Journal
 from simulation.broker_process import BrokerProcess
 from simulation.guarded import GuardedFolder
 from simulation.overheard import Eavesdropper
-from simulation.process_fleet import EventReader, FleetFailed, ProcessFleet, wait_until
+from simulation.process_fleet import FLEET, EventReader, FleetFailed, ProcessFleet, wait_until
 from simulation.slow_link import SlowLink
+from sottovoce.transport.base import Connected, Delivery
+from sottovoce.transport.mqtt import MqttTransport
+from sottovoce.transport.mqtt_settings import MqttSettings
+from sottovoce.wire.topics import Topics
 
 CoordinatorEvent: TypeAlias = Mapping[str, Any]
 _POLL_S = 0.005
@@ -81,7 +87,9 @@ class Trial:
         """Hand a task to the coordinator."""
         path = self.fleet.folder / f"{task['name']}.toml"
         path.write_text(tomli_w.dumps(dict(task)))
-        self.fleet.submit(path)
+        # In this process: the command in one of its own takes a second to start.
+        code = coordinator(["submit", str(path), "--config", str(self.fleet.config)])
+        assert code == 0, f"the coordinator takes task {task['name']}"
 
     def start(self, devices: Sequence[str]) -> None:
         """Start agents and return when the broker knows that they are online."""
@@ -106,6 +114,11 @@ class Trial:
 
         self.wait(arrived, f"{' or '.join(names)} {fields or ''}")
         return found[0]
+
+    def skip(self) -> None:
+        """Pass over everything that has happened so far: `until` then returns only what happens from now on."""
+        self.events.extend(self._reader.new())
+        self._seen = len(self.events)
 
     def wait(self, condition: Callable[[], bool], what: str) -> None:
         """Return once `condition()` holds.
@@ -143,6 +156,34 @@ class Trial:
     def journal(self) -> Journal:
         """Open the coordinator's journal for reading; close it after use."""
         return Journal.open_read_only(self.fleet.coordinator_home / "journal.sqlite")
+
+    def retained_blobs(self) -> frozenset[bytes]:
+        """Return the digests of all blobs of which the broker retains a chunk."""
+        topics = Topics(FLEET)
+        settings = MqttSettings(host=self.broker.host, port=self.broker.port, client_id="onlooker", clean_start=True)
+        found: set[bytes] = set()
+        ended = False
+
+        def listen() -> bool:
+            nonlocal ended
+            while (event := onlooker.receive(0)) is not None:
+                if isinstance(event, Delivery) and event.topic == topics.down("onlooker"):
+                    ended = True
+                elif isinstance(event, Delivery) and event.payload:
+                    found.add(topics.split_blob_chunk(event.topic)[0])
+                elif isinstance(event, Connected):
+                    # What was retained is on its way already, so this comes last.
+                    onlooker.publish(topics.down("onlooker"), b"that was all")
+            return ended
+
+        onlooker = MqttTransport(settings, rng=random.Random())  # only jitters reconnects
+        try:
+            for topic in (topics.down("onlooker"), topics.all_blobs_filter()):
+                onlooker.subscribe(topic)
+            self.wait(listen, "what the broker retains")
+        finally:
+            onlooker.close()
+        return frozenset(found)
 
     # --- doing harm ---------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from dataclasses import dataclass
@@ -42,13 +43,7 @@ class TensorType:
         Raises:
             ConfigError: `notation` is not a tensor type.
         """
-        match = _NOTATION.fullmatch(notation)
-        if match is None:
-            raise ConfigError(
-                f"{notation!r} is not a tensor type; write for example float32, int32[10] or float32[?,64]"
-            )
-        dims = match["shape"].split(",") if match["shape"] else []
-        return cls(match["dtype"], tuple(None if d == "?" else int(d) for d in dims))
+        return _parse(notation)
 
     @property
     def numpy_dtype(self) -> np.dtype[Any]:
@@ -69,3 +64,13 @@ class TensorType:
             and array.ndim == len(self.shape)
             and all(want is None or want == have for want, have in zip(self.shape, array.shape, strict=True))
         )
+
+
+@functools.lru_cache(maxsize=1024)
+def _parse(notation: str) -> TensorType:
+    """Parse once: every port of every batch is held against its type."""
+    match = _NOTATION.fullmatch(notation)
+    if match is None:
+        raise ConfigError(f"{notation!r} is not a tensor type; write for example float32, int32[10] or float32[?,64]")
+    dims = match["shape"].split(",") if match["shape"] else []
+    return TensorType(match["dtype"], tuple(None if d == "?" else int(d) for d in dims))

@@ -6,6 +6,9 @@ vector, read as little-endian words of the vector's own widths. No temporary is 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher as StreamCipher
 from cryptography.hazmat.primitives.ciphers import CipherContext, algorithms, modes
@@ -19,19 +22,32 @@ _BLOCK_BYTES = 1 << 17
 _ZERO_COUNTER = bytes(16)
 
 
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """A run of words of one width, short enough for the reused block.
+
+    Attributes:
+        start: Byte offset in the vector.
+        zeros: As many zero bytes, what the cipher encrypts.
+        stream: Where the stream's bytes go.
+        words: The same bytes as words of this width.
+    """
+
+    start: int
+    zeros: memoryview
+    stream: memoryview
+    words: Array
+
+
 class MaskExpander:
     """Adds mask streams to vectors of one shape, through one reused block that stays in the processor's cache."""
 
     def __init__(self, parameters: SecAggParameters) -> None:
+        """Prepare for vectors of `parameters.vector_bytes`, the last `wide_bytes` of them uint64 words."""
         self._cipher: Cipher = parameters.cipher
-        self._split = parameters.vector_bytes - parameters.wide_bytes
-        self._pieces = [
-            *_pieces(0, self._split, _NARROW),
-            *_pieces(self._split, parameters.vector_bytes, _WIDE),
-        ]
-        block_bytes = min(_BLOCK_BYTES, parameters.vector_bytes)
-        self._zeros = memoryview(bytes(block_bytes))
-        self._stream = bytearray(block_bytes)
+        self._stream = bytearray(min(_BLOCK_BYTES, parameters.vector_bytes))
+        split = parameters.vector_bytes - parameters.wide_bytes
+        self._pieces = [*self._cut(0, split, _NARROW), *self._cut(split, parameters.vector_bytes, _WIDE)]
 
     def add(self, vector: bytearray, key: bytes) -> None:
         """Add the stream of `key` to `vector`, each word modulo 2 to its width."""
@@ -45,21 +61,18 @@ class MaskExpander:
         """Overwrite what is left of the last stream."""
         self._stream[:] = bytes(len(self._stream))
 
+    def _cut(self, start: int, stop: int, dtype: np.dtype[np.unsignedinteger]) -> Iterator[_Piece]:
+        zeros, stream = memoryview(bytes(len(self._stream))), memoryview(self._stream)
+        for at in range(start, stop, _BLOCK_BYTES):
+            length = min(_BLOCK_BYTES, stop - at)
+            yield _Piece(at, zeros[:length], stream[:length], np.frombuffer(stream[:length], dtype))
+
     def _apply(self, operation: np.ufunc, vector: bytearray, key: bytes) -> None:
         context = _context(self._cipher, key)
-        stream = memoryview(self._stream)
-        for start, count, dtype in self._pieces:
-            length = count * dtype.itemsize
-            context.update_into(self._zeros[:length], stream[:length])
-            target: Array = np.frombuffer(vector, dtype, count=count, offset=start)
-            operation(target, np.frombuffer(self._stream, dtype, count=count), out=target)
-
-
-def _pieces(
-    start: int, stop: int, dtype: np.dtype[np.unsignedinteger]
-) -> list[tuple[int, int, np.dtype[np.unsignedinteger]]]:
-    """Return (byte offset, number of words, dtype) of the blocks between `start` and `stop`."""
-    return [(at, min(_BLOCK_BYTES, stop - at) // dtype.itemsize, dtype) for at in range(start, stop, _BLOCK_BYTES)]
+        for piece in self._pieces:
+            context.update_into(piece.zeros, piece.stream)
+            target = np.frombuffer(vector, piece.words.dtype, count=piece.words.size, offset=piece.start)
+            operation(target, piece.words, out=target)
 
 
 def _context(cipher: Cipher, key: bytes) -> CipherContext:

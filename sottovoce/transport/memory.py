@@ -149,10 +149,15 @@ class MemoryBroker:
                 assert session.transport is not None, "only a transport connects"
                 self._connect(session, session.transport, resumed=keep_state)
 
-    def queued(self) -> int:
-        """Number of deliveries and link events that connected clients have not received: 0 means all is quiet."""
+    def queued(self, client_id: str | None = None) -> int:
+        """Number of deliveries and link events that connected clients have not received: 0 means all is quiet.
+
+        Args:
+            client_id: Count only this client's; None counts everybody's.
+        """
         with self._lock:
-            return sum(len(s.events) + len(s.queue) for s in self._sessions.values() if s.connected)
+            sessions = [s for s in self._sessions.values() if s.connected and client_id in (None, s.client_id)]
+            return sum(len(s.events) + len(s.queue) for s in sessions)
 
     def retained(self) -> dict[str, bytes]:
         """Return a copy of what is retained, by topic."""

@@ -48,7 +48,7 @@ class TakeoverGuard:
     def taken_over(self, now_s: float) -> bool:
         """Note a takeover at `now_s` (monotonic seconds) and say whether it was one too many."""
         self._times_s.append(now_s)
-        while now_s - self._times_s[0] > 60.0:
+        while now_s - self._times_s[0] >= 60.0:
             self._times_s.popleft()
         return len(self._times_s) > TAKEOVERS_A_MINUTE
 

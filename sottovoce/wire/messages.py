@@ -113,9 +113,12 @@ class Withdraw(Message, frozen=True):
 
     Attributes:
         code: Short code, one of the `code`s and `reason`s of sottovoce.errors; never free text.
+        certificate: The device's certificate, DER, where it withdraws instead of checking in: the coordinator may not
+            know it yet. Else empty.
     """
 
     code: str
+    certificate: bytes = b""
 
 
 class AdvertiseKeys(Message, frozen=True):

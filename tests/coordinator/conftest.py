@@ -21,8 +21,9 @@ from coordinator.round import Round
 from sottovoce.authority import create_authority, sign_request
 from sottovoce.bundle import FORMAT, Bundle, Port, Result, Role, SelfTest, encode_bundle
 from sottovoce.errors import CryptoError, RemoteProtocolError
-from sottovoce.identity import Identity, Role as CertifiedRole, SignedContext, TrustAnchor, new_key, signing_request
-from sottovoce.plan import Aggregation, BlobRef, Counted, LocalWork, Plan, PrivacyTerms, Quantised, blob_ref
+from sottovoce.identity import Identity, SignedContext, TrustAnchor, new_key, signing_request
+from sottovoce.identity import Role as CertifiedRole
+from sottovoce.plan import Aggregation, Counted, LocalWork, Plan, PrivacyTerms, Quantised, blob_ref
 from sottovoce.secagg.client import ClientSession, ClientTerms
 from sottovoce.secagg.lanes import encode, layout_of
 from sottovoce.tensors import encode_tensors
@@ -32,7 +33,6 @@ from sottovoce.wire.codec import Opened, open_envelope, parse, seal
 from sottovoce.wire.messages import (
     AdvertiseKeysRequest,
     CheckIn,
-    MaskedInput,
     MaskedInputRequest,
     Message,
     NotSelected,
@@ -233,9 +233,7 @@ class Bench:
         )
         self.agenda = Agenda(FLEET, COORDINATOR, 4, 1, ANNOUNCEMENT, self.plan, STATE)
         presence = Presence(online=names if online else (), offline=(), now_ms=START_MS, grace_ms=1000)
-        self.round = Round(
-            self.agenda, self.terms, presence=presence, entropy=FixedEntropy("round"), now_ms=START_MS
-        )
+        self.round = Round(self.agenda, self.terms, presence=presence, entropy=FixedEntropy("round"), now_ms=START_MS)
         self.devices = {
             name: ScriptedDevice(choir.devices[name], choir, self.plan, values_of(number))
             for number, name in enumerate(names)
@@ -303,7 +301,9 @@ class Bench:
 
     def sent(self, kind: type[Message]) -> list[str]:
         """Who was sent a message of this type."""
-        return [effect.device for effect in self.effects if isinstance(effect, Send) and isinstance(effect.message, kind)]
+        return [
+            effect.device for effect in self.effects if isinstance(effect, Send) and isinstance(effect.message, kind)
+        ]
 
     @property
     def committed(self) -> Committed:

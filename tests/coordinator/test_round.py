@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable
-from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,8 @@ from coordinator.phases import (
     Committed,
     Configuration,
     DevicesDropped,
-    Reporting,
     RendezvousOpened,
+    Reporting,
     Selection,
     Send,
     StageOpened,
@@ -49,12 +50,15 @@ from sottovoce.wire.messages import (
 )
 
 MakeBench = Callable[..., Any]
+DOCUMENT = Path(__file__).parents[2] / "docs" / "coordinator.md"
 
 
 def _expected_mean(bench: Any, survivors: list[str]) -> np.ndarray[Any, Any]:
     devices = [bench.devices[name] for name in survivors]
     weights = np.array([min(device.weight, 10) for device in devices], np.float64)
-    return sum(w * d.values["delta"][0].astype(np.float64) for w, d in zip(weights, devices, strict=True)) / weights.sum()
+    return (
+        sum(w * d.values["delta"][0].astype(np.float64) for w, d in zip(weights, devices, strict=True)) / weights.sum()
+    )
 
 
 def test_a_round_ends_with_the_weighted_mean_of_everybody(bench: MakeBench) -> None:
@@ -67,7 +71,8 @@ def test_a_round_ends_with_the_weighted_mean_of_everybody(bench: MakeBench) -> N
     mean = b.committed.aggregate.mean("delta")[0]
     np.testing.assert_allclose(mean, _expected_mean(b, sorted(b.devices)), atol=2e-4)
     assert b.committed.aggregate.sums["correct"][0][0] == 1 + 2 + 3 + 4 + 5 + 6
-    assert b.committed.dropped == {} and b.refused == []
+    assert b.committed.dropped == {}
+    assert b.refused == []
     kinds = [type(effect) for effect in b.effects if not isinstance(effect, Send)]
     assert kinds == [CohortSelected, RendezvousOpened, *[StageOpened] * 5, Committed]
     stages = [effect.stage for effect in b.effects if isinstance(effect, StageOpened)]
@@ -91,6 +96,8 @@ _PHASE_TYPES = {
     "committed": Committed,
     "abandoned": Abandoned,
 }
+
+_PHASE_NAMES = {phase.__name__ for phase in _PHASE_TYPES.values()}
 
 
 def _bench_in(bench: MakeBench, phase: str) -> Any:
@@ -147,6 +154,14 @@ def test_the_table_covers_every_phase_and_every_running_phase_can_move_on() -> N
     assert set(ADVANCES) == {Selection, Configuration, Reporting}
 
 
+def test_the_table_in_the_documentation_is_the_code() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| (.*?) \|$", DOCUMENT.read_text(), re.MULTILINE)
+    documented = {phase: set(re.findall(r"\w+", names)) for phase, names in rows if phase in _PHASE_NAMES}
+    assert documented == {
+        phase.__name__: {kind.__name__ for each, kind in STEPS if each is phase} for phase in _PHASE_TYPES.values()
+    }
+
+
 def test_chunks_are_refused_outside_a_rendezvous(bench: MakeBench) -> None:
     for phase in ("selection", "configuration", "committed", "abandoned"):
         b = _bench_in(bench, phase)
@@ -170,7 +185,8 @@ def test_selection_waits_for_everybody_who_is_online_until_its_deadline(bench: M
     b.wait(59_999)
     assert isinstance(b.round.phase, Selection)
     b.wait(1)
-    assert isinstance(b.round.phase, Configuration) and len(b.round.cohort) == 5
+    assert isinstance(b.round.phase, Configuration)
+    assert len(b.round.cohort) == 5
 
 
 def test_selection_closes_early_when_all_have_answered_and_nobody_new_comes(bench: MakeBench) -> None:
@@ -209,7 +225,8 @@ def test_a_repeated_check_in_gets_the_same_answer(bench: MakeBench) -> None:
     b.check_in()
     first = b.devices["pi-00"].heard[-1]
     b.say("pi-00", b.devices["pi-00"].check_in())
-    assert b.devices["pi-00"].heard[-1] == first and isinstance(first, Selected)
+    assert b.devices["pi-00"].heard[-1] == first
+    assert isinstance(first, Selected)
 
 
 def test_a_second_different_check_in_is_refused(bench: MakeBench) -> None:
@@ -337,11 +354,13 @@ def test_one_device_lost_in_a_stage_does_not_stop_the_round(bench: MakeBench, st
     b = bench(7)
     b.devices["pi-06"].silent_at = _STAGES[stage]
     b.check_in()
-    assert isinstance(b.round.phase, Reporting) and b.round.phase.stage == stage
+    assert isinstance(b.round.phase, Reporting)
+    assert b.round.phase.stage == stage
     if noticed == "by its last will":
         b.offline("pi-06")
         b.wait(999)
-        assert isinstance(b.round.phase, Reporting) and b.round.phase.stage == stage
+        assert isinstance(b.round.phase, Reporting)
+        assert b.round.phase.stage == stage
         b.wait(1)
     else:
         b.wait(10_000)
@@ -390,7 +409,8 @@ def test_every_message_said_twice_changes_nothing(bench: MakeBench) -> None:
             heard = len(device.heard)
             b.say(device.name, message, session)
             assert len(device.heard) <= heard + 1
-    assert b.round.phase is phase and b.refused == []
+    assert b.round.phase is phase
+    assert b.refused == []
     b.wait(10_000)
     assert b.committed.survivors == frozenset(b.devices)
 
@@ -427,7 +447,8 @@ def test_wrong_chunks_are_refused_and_the_right_ones_still_count(bench: MakeBenc
     b.devices["pi-04"].silent_at = UploadSlot
     b.check_in()
     phase, device = b.round.phase, b.devices["pi-04"]
-    assert isinstance(phase, Reporting) and device.session is not None
+    assert isinstance(phase, Reporting)
+    assert device.session is not None
     session = phase.session.session_id
     b.say("pi-04", VectorChunk(b"x" * 32, 0, b"y"))
     b.say("pi-04", VectorChunk(session, 0, bytes(64)))
@@ -455,14 +476,16 @@ def test_more_devices_than_slots_upload_one_after_the_other(bench: MakeBench) ->
         effect.device for effect in b.effects
         if isinstance(effect, Send) and isinstance(effect.message, UploadSlot) and effect.message.complete
     ]  # fmt: skip
-    assert sorted(finished) == sorted(b.devices) and len(set(finished)) == 6
+    assert sorted(finished) == sorted(b.devices)
+    assert len(set(finished)) == 6
 
 
 def test_a_slot_that_stands_still_goes_to_the_next(bench: MakeBench) -> None:
     b = bench(6, slots=1, slot_idle_ms=2000)
     b.devices["pi-00"].silent_at = UploadSlot
     b.check_in()
-    assert isinstance(b.round.phase, Reporting) and b.round.phase.stage == "masked_input"
+    assert isinstance(b.round.phase, Reporting)
+    assert b.round.phase.stage == "masked_input"
     assert b.round.next_deadline_ms(b.now_ms) == b.now_ms + 2000
     b.say("pi-01", VectorChunk(b.round.phase.session.session_id, 0, b"no slot yet"))
     assert b.refused == ["no_slot"]
@@ -491,4 +514,5 @@ def test_every_deadline_is_in_the_future_and_the_round_ends_by_the_announced_tim
             break
         assert deadline > b.now_ms
         b.wait(deadline - b.now_ms)
-    assert b.round.over and b.now_ms <= b.terms.rendezvous_closes_ms
+    assert b.round.over
+    assert b.now_ms <= b.terms.rendezvous_closes_ms

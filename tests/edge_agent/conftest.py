@@ -16,10 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edge_agent.agent import Agent, Setup, last_will
+from edge_agent.agent import Agent
 from edge_agent.config import AgentConfig, BrokerConfig
 from edge_agent.home import Home, init_home, load_anchor, load_identity
+from edge_agent.performer import Setup
 from edge_agent.policy import Policy
+from edge_agent.presence import last_will
 from sottovoce.authority import Authority, create_authority, sign_request
 from sottovoce.bundle import Bundle, decode_bundle
 from sottovoce.identity import Identity, SignedContext, TrustAnchor, new_key, signing_request
@@ -363,8 +365,7 @@ class World:
         """The process is gone without a word: what it had in memory is lost, its disk stays."""
         self.broker.disconnect(name)
         agent = self.agents.pop(name)
-        agent._ledger.close()
-        agent._examples.close()
+        agent._hands.close()
 
     def settle(self, *, limit: int = 20_000) -> None:
         """Turn everybody until nothing more happens without the clock."""

@@ -12,12 +12,14 @@ import msgspec
 import numpy as np
 import pytest
 
-from edge_agent.agent import has_fast_aes
+from edge_agent.hardware import has_fast_aes
 from edge_agent.ledger import Ledger
 from edge_agent.pending import PendingStore
 from sottovoce.bundle import decode_bundle, encode_bundle
+from sottovoce.errors import TransportError
 from sottovoce.plan import LocalWork, blob_ref, canonical, digest_of
 from sottovoce.tensors import decode_tensors, encode_tensors
+from sottovoce.transport.memory import MemoryTransport
 from sottovoce.wire.messages import (
     AdvertiseKeys,
     CheckIn,
@@ -273,7 +275,7 @@ def test_a_spent_update_is_gone_and_the_next_attempt_trains_again_as_often_as_th
         if attempt == 1:
             world.coordinator.select(devices)
             world.settle()
-    assert world.coordinator.last("pi-0") == Withdraw("policy")
+    assert world.coordinator.last("pi-0").code == "policy"
     assert releases(world, "pi-0") == [(1, "abandoned"), (1, "abandoned")]
 
 
@@ -697,7 +699,6 @@ def test_examples_are_kept_only_as_long_as_the_owner_says(world: Any, tmp_path: 
     from edge_agent.agent import Agent
     from edge_agent.config import Retention
     from edge_agent.examples import ExampleStore
-    from sottovoce.transport.memory import MemoryTransport
 
     world.enrol("pi-0")
     setup = world.setup("pi-0")
@@ -730,3 +731,11 @@ def test_pending_files_are_sealed(world: Any) -> None:
     lines: list[str] = []
     PendingStore(world.homes["pi-0"].pending, identity, discarded=lines.append).sweep(now_ms=world.clock())
     assert lines == []
+
+
+def test_a_device_whose_id_is_taken_stops_and_says_so(world: Any) -> None:
+    world.fleet(1)
+    world.settle()
+    MemoryTransport(world.broker, "pi-0")
+    with pytest.raises(TransportError, match="another client took this id"):
+        world.settle()

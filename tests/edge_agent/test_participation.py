@@ -29,9 +29,8 @@ from edge_agent.effects import (
 )
 from edge_agent.participation import GRACE_MS, Participation, code_of
 from edge_agent.policy import Policy
-from edge_agent.steps import (
+from edge_agent.states import (
     IN_SESSION,
-    STEPS,
     TAKING_PART,
     Advertised,
     AwaitingOutcome,
@@ -49,6 +48,7 @@ from edge_agent.steps import (
     Watching,
     Working,
 )
+from edge_agent.steps import STEPS
 from sottovoce.errors import (
     BadExamples,
     ConfigError,
@@ -339,7 +339,9 @@ def test_the_same_announcement_is_answered_once(machine: Machine) -> None:
 )
 def test_what_is_known_in_advance_withdraws_at_once(machine: Machine, facts: dict[str, int], code: str) -> None:
     announce(machine)
-    assert sent(plan_arrives(machine, **facts)) == [Withdraw(code)]
+    assert sent(plan_arrives(machine, **facts)) == [
+        Withdraw(code, machine.participation.device.identity.certificate.der)
+    ]
     assert isinstance(machine.participation.state, Watching)
 
 
@@ -348,7 +350,9 @@ def test_a_plan_of_another_fleet_is_refused(machine: Machine) -> None:
         **{f: getattr(machine.plan, f) for f in machine.plan.__struct_fields__} | {"fleet": "x"}
     )
     announce(machine, plan=foreign)
-    assert sent(plan_arrives(machine, foreign)) == [Withdraw("policy")]
+    assert sent(plan_arrives(machine, foreign)) == [
+        Withdraw("policy", machine.participation.device.identity.certificate.der)
+    ]
 
 
 def test_a_plan_that_is_none_is_refused(machine: Machine) -> None:
@@ -358,7 +362,9 @@ def test_a_plan_that_is_none_is_refused(machine: Machine) -> None:
     )
     machine.receive(broken, payload=b"e")
     facts = LocalFacts(None, 0, 0)
-    assert sent(machine.participation.report(PlanFetched(b"junk", facts), NOW)) == [Withdraw("bad_plan")]
+    assert sent(machine.participation.report(PlanFetched(b"junk", facts), NOW)) == [
+        Withdraw("bad_plan", machine.participation.device.identity.certificate.der)
+    ]
 
 
 def test_a_stopped_device_goes_on_with_its_route(machine: Machine) -> None:
@@ -389,8 +395,8 @@ def test_masked_bytes_leave_only_after_the_update_is_erased_and_written_down(wor
     world.train(devices)
     performed: list[str] = []
     agent = world.agents["pi-0"]
-    perform = agent._perform
-    agent._perform = lambda effects: (performed.extend(_label(e) for e in effects), perform(effects))[1]
+    perform = agent._hands.perform
+    agent._hands.perform = lambda effects: (performed.extend(_label(e) for e in effects), perform(effects))[1]
     world.run_rendezvous(devices)
     erased, spent, masked = (
         performed.index(label) for label in (ForgetPending.__name__, Spend.__name__, "MaskedInput")
@@ -469,7 +475,7 @@ def test_the_coordinators_time_is_never_before_what_it_signed(machine: Machine) 
         (BadExamples("none"), "bad_examples"),
         (RoundAbandoned("late"), "late"),
         (RemoteProtocolError("no"), "protocol"),
-        (ConfigError("no"), "bad_plan"),
+        (ConfigError("the disk is full"), "device"),
     ],
     ids=lambda each: type(each).__name__ if isinstance(each, Exception) else each,
 )

@@ -43,13 +43,14 @@ class Stage:
     def launch(self, *arguments: str) -> subprocess.Popen[str]:
         """Start `edge-agent ARGUMENTS` in a Python that has no TensorFlow."""
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(self.folder / "without"), os.getcwd()))}
-        process = subprocess.Popen(
-            [sys.executable, "-m", "edge_agent", *arguments, "--home", str(self.world.homes["pi-0"].path)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=(self.folder / "log").open("a"),
-            text=True,
-        )
+        with (self.folder / "log").open("a") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "edge_agent", *arguments, "--home", str(self.world.homes["pi-0"].path)],
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            )
         self.processes.append(process)
         return process
 
@@ -130,7 +131,7 @@ def test_an_agent_without_tensorflow_is_ready_soon_stays_small_and_leaves_in_ord
 
 
 def test_killed_in_training_it_goes_on_with_the_batch_that_was_cut_off(stage: Stage) -> None:
-    plan = msgspec.structs.replace(stage.coordinator.plan, work=LocalWork(epochs=400, batch_size=2))
+    plan = msgspec.structs.replace(stage.coordinator.plan, work=LocalWork(epochs=60, batch_size=2))
     stage.coordinator.plan = plan
     pending = stage.world.homes["pi-0"].pending
     first = stage.launch("run")
@@ -149,7 +150,7 @@ def test_killed_in_training_it_goes_on_with_the_batch_that_was_cut_off(stage: St
     assert ran is not None
     before = (int(resumed[1]) - 1) * 10 + int(resumed[2]) // 2
     assert before > 0
-    assert before + int(ran[1]) == 400 * 10
+    assert before + int(ran[1]) == 60 * 10
     assert len(stage.said(CheckIn)) == 1
 
 

@@ -65,8 +65,9 @@ Change = Callable[[Any, Any], Any]
 
 def assert_refused(client: Any, request: Any, error: type[SottovoceError], match: str | None = None) -> None:
     """The device refuses `request` by exactly this kind of error, and is then empty."""
-    with pytest.raises(error, match=match):
+    with pytest.raises(error, match=match) as caught:
         client.receive(request)
+    assert type(caught.value) is error
     assert isinstance(client.stage, Aborted)
     assert client.masked_vector is None
     with pytest.raises(UnexpectedMessage):
@@ -413,6 +414,16 @@ def agreed(fleet: Any) -> Any:
     rehearsal = fleet.rehearse(8)
     rehearsal.run_until(CollectingShares, silent={"masked_input": rehearsal.devices[7:]})
     return rehearsal
+
+
+def test_another_set_than_the_signed_one_is_refused_though_the_signatures_are_on_the_signed_one(agreed: Any) -> None:
+    device = agreed.devices[0]
+    request = agreed.requests[device][-1].message
+    dropped = next(p for p in request.survivors if p != position_of(agreed, device))
+    fewer = tuple(p for p in request.survivors if p != dropped)
+    assert_refused(
+        agreed.clients[device], replace(request, survivors=fewer), RemoteProtocolError, "than the one signed"
+    )
 
 
 def test_another_set_than_the_signed_one_is_refused_also_when_corrupt_peers_sign_both(agreed: Any) -> None:

@@ -1,0 +1,278 @@
+"""One session of secure aggregation with every device in this process: the real sessions of both sides, no network.
+
+Every message is sealed, parsed and verified as on a broker. Only the masked vectors are not cut into chunks. Devices
+work one after another, and the vector of each is in memory only from its quantisation to its upload.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+
+from simulation.secagg_bench_fleet import COORDINATOR, FLEET, BenchFleet, Meter
+from sottovoce.errors import RoundAbandoned
+from sottovoce.identity import SignedContext
+from sottovoce.plan import Aggregation, LaneName, LocalWork, Plan, PrivacyTerms, Quantised, blob_ref
+from sottovoce.secagg.client import ClientSession, ClientTerms
+from sottovoce.secagg.graph import BASIS_POINTS, SMALLEST_COHORT
+from sottovoce.secagg.lanes import Layout, add_into, encode, layout_of
+from sottovoce.secagg.server import STAGE_NAMES, Reply, ServerSession
+from sottovoce.secagg.server_stages import Unmasked
+from sottovoce.types import Array
+from sottovoce.wire.chunks import VectorChunk, encode_vector_chunk
+from sottovoce.wire.codec import ALL, open_envelope, parse, seal
+from sottovoce.wire.messages import AdvertiseKeysRequest, Cipher, Message, Mode, SecAggParameters
+
+DropStage: TypeAlias = Literal["before-keys", "after-advertising", "after-keys", "after-input"]
+LAST_STAGES: Mapping[DropStage, int] = {"before-keys": 0, "after-advertising": 1, "after-keys": 2, "after-input": 3}
+"""How many stages a device that drops out still answers."""
+SESSION = "session"
+ENCODING = "quantisation"
+UPLOAD = "upload"
+STATE = b"state".ljust(32, b"\0")
+WEIGHT = 10
+_CLIP_NORM = 4.0
+_DISTINCT_UPDATES = 8
+
+Seconds: TypeAlias = dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What is measured; shares are from 0 to 1.
+
+    Attributes:
+        clients: Devices that are invited.
+        dimension: Entries of the update.
+        dropout: Share of the devices that drop out.
+        drop_stage: When they do.
+        mode: Of the session.
+        corrupt: Assumed share of corrupt devices.
+        assumed_dropout: Assumed share of dropouts.
+        lane: Of one entry.
+        bits: Width of one entry before summation.
+        cipher: Mask expansion.
+        workers: Threads that take masks off.
+        seed: Of who drops out, and of the updates.
+    """
+
+    clients: int
+    dimension: int
+    dropout: float
+    drop_stage: DropStage
+    mode: Mode
+    corrupt: float
+    assumed_dropout: float
+    lane: LaneName
+    bits: int
+    cipher: Cipher
+    workers: int
+    seed: int
+
+    @property
+    def dropouts(self) -> int:
+        """How many devices drop out."""
+        return round(self.clients * self.dropout)
+
+
+@dataclass(slots=True)
+class Measured:
+    """What one session cost. Times are CPU seconds, sizes are bytes.
+
+    Attributes:
+        client: Stage -> one entry per device that answered in it: seconds by line.
+        server: Stage -> seconds by line, over all devices.
+        closing: Stage -> seconds of closing it.
+        up, down: Device id -> bytes sent and received.
+        neighbours: k.
+        threshold: t.
+        survivors: Devices in the sum.
+        exact: Whether the unmasked sum is the plain sum of the survivors.
+        abandoned: Why there is no sum, or empty.
+        peak_bytes: Largest resident size of the process.
+    """
+
+    client: defaultdict[str, list[Seconds]] = field(default_factory=lambda: defaultdict(list))
+    server: defaultdict[str, defaultdict[str, float]] = field(
+        default_factory=lambda: defaultdict(lambda: defaultdict(float))
+    )
+    closing: dict[str, float] = field(default_factory=dict)
+    up: defaultdict[str, int] = field(default_factory=lambda: defaultdict(int))
+    down: defaultdict[str, int] = field(default_factory=lambda: defaultdict(int))
+    neighbours: int = 0
+    threshold: int = 0
+    survivors: int = 0
+    exact: bool = False
+    abandoned: str = ""
+    peak_bytes: int = 0
+
+
+def plan_of(options: Options) -> Plan:
+    """Return a plan that sums one update of the given dimension."""
+    update = Aggregation(
+        name="update",
+        tensors=(f"float32[{options.dimension}]",),
+        encoding=Quantised(half_range=0.05, bits=options.bits),
+        weighted=True,
+        clip_norm=_CLIP_NORM,
+        lane=options.lane,
+    )
+    return Plan(
+        fleet=FLEET,
+        name="bench",
+        collection="bench",
+        program=blob_ref(b"none"),
+        work=LocalWork(),
+        aggregations=(update,),
+        privacy=PrivacyTerms(purpose="measuring", minimum_cohort=SMALLEST_COHORT, weight_cap=2 * WEIGHT),
+    )
+
+
+def parameters_of(options: Options, layout: Layout) -> SecAggParameters:
+    """Return the parameters of the session."""
+    return SecAggParameters(
+        mode=options.mode,
+        cipher=options.cipher,
+        minimum_survivors=SMALLEST_COHORT,
+        maximum_clients=options.clients,
+        corrupt_share_bp=round(options.corrupt * BASIS_POINTS),
+        dropout_share_bp=round(options.assumed_dropout * BASIS_POINTS),
+        vector_bytes=layout.vector_bytes,
+        wide_bytes=layout.wide_bytes,
+    )
+
+
+class Bench:
+    """A session being run and measured."""
+
+    def __init__(self, options: Options, fleet: BenchFleet, meter: Meter) -> None:
+        """Prepare the server and every device's session."""
+        plan = plan_of(options)
+        self._options, self._fleet, self._meter = options, fleet, meter
+        self._layout = layout_of(plan, maximum_clients=options.clients)
+        self._parameters = parameters_of(options, self._layout)
+        self._terms = ClientTerms(minimum_cohort=3, minimum_honest_survivors=2, modes=(options.mode,))
+        self._plan = plan.digest
+        self._values = _Updates(options)
+        self._dropouts = frozenset(random.Random(options.seed).sample(sorted(fleet.devices), options.dropouts))
+        self._server = ServerSession(
+            context=self._context(COORDINATOR, ALL, bytes(32)),
+            plan=self._plan,
+            state=STATE,
+            parameters=self._parameters,
+            expected=fleet.devices,
+        )
+        self._clients: dict[str, ClientSession] = {}
+        self._vectors: dict[str, bytearray] = {}
+        self._expected = bytearray(self._layout.vector_bytes)
+        self.measured = Measured()
+
+    def run(self) -> Measured:
+        """Run the session to its end; return what it cost."""
+        try:
+            for stage in range(len(STAGE_NAMES)):
+                if isinstance(self._server.stage, Unmasked):
+                    break
+                self._run_stage(stage)
+            self.measured.exact = self._server.result == self._expected
+        except RoundAbandoned as abandoned:
+            self.measured.abandoned = f"{abandoned.reason}: {abandoned.detail}"
+        self.measured.survivors = len(self._server.survivors)
+        self.measured.peak_bytes = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return self.measured
+
+    def _run_stage(self, number: int) -> None:
+        name = STAGE_NAMES[type(self._server.stage)]
+        for reply in self._server.outstanding():
+            if reply.device not in self._dropouts or number < LAST_STAGES[self._options.drop_stage]:
+                self._serve(name, reply)
+        self._meter.take()
+        with self._meter.line(SESSION):
+            self._server.close_stage()
+        self.measured.closing[name] = self._meter.take()[SESSION]
+
+    def _serve(self, stage: str, reply: Reply) -> None:
+        """Let the coordinator ask one device, the device answer, and the coordinator take the answer."""
+        device = reply.device
+        context = self._context(COORDINATOR, device, reply.session)
+        with self._meter.line("signatures"):
+            request = seal(reply.message, self._fleet.coordinator, context)
+        self._charge_server(stage)
+        if isinstance(reply.message, AdvertiseKeysRequest):
+            self._clients[device] = self._new_client(device)
+        elif stage == "masked_input":
+            self._vectors[device][:] = self._encode(device)
+            add_into(self._expected, self._vectors[device], wide_bytes=self._parameters.wide_bytes)
+        self._meter.take()
+        answer = self._ask(self._clients[device], device, request)
+        self.measured.client[stage].append(self._meter.take())
+        self.measured.down[device] += len(request)
+        self.measured.up[device] += len(answer)
+        self._take(device, answer)
+        self._charge_server(stage)
+        # A device that waits keeps its vector on its own memory, not on that of the other devices.
+        self._vectors[device].clear()
+
+    def _new_client(self, device: str) -> ClientSession:
+        vector = self._vectors[device] = bytearray(self._layout.vector_bytes)
+        return ClientSession(
+            identity=self._fleet.devices[device],
+            anchor=self._fleet.anchor,
+            at=self._fleet.at,
+            context=self._context(device, COORDINATOR, bytes(32)),
+            plan=self._plan,
+            state=STATE,
+            parameters=self._parameters,
+            terms=self._terms,
+            vector=vector,
+            entropy=os.urandom,
+        )
+
+    def _encode(self, device: str) -> bytearray:
+        values = self._values.of(device)
+        self._meter.take()
+        with self._meter.line(ENCODING):
+            vector = encode(self._layout, {"update": [values]}, weight=WEIGHT, entropy=os.urandom)
+        self.measured.client[ENCODING].append(self._meter.take())
+        return vector
+
+    def _ask(self, client: ClientSession, device: str, payload: bytes) -> bytes:
+        """Return the sealed answer of `device` to the coordinator's sealed request."""
+        meter, coordinator = self._meter, self._fleet.coordinator.certificate
+        with meter.line("signatures"):
+            message: Any = open_envelope(parse(payload), coordinator, payload).message
+        with meter.line(SESSION):
+            asked = isinstance(message, AdvertiseKeysRequest)
+            answer: Message = client.advertise() if asked else client.receive(message)
+        with meter.line("signatures"):
+            session = bytes(32) if asked else client.session_id
+            return seal(answer, self._fleet.devices[device], self._context(device, COORDINATOR, session))
+
+    def _take(self, device: str, payload: bytes) -> None:
+        meter = self._meter
+        with meter.line("signatures"):
+            envelope = parse(payload)
+            opened = open_envelope(envelope, self._fleet.devices[device].certificate, payload)
+        with meter.line(SESSION):
+            self._server.receive(opened)
+        if self._server.expected_vector(device) is not None:
+            vector = self._clients[device].masked_vector
+            assert vector is not None
+            self.measured.up[device] += _upload_bytes(self._server.session_id, vector)
+            meter.take()
+            with meter.line(UPLOAD):
+                self._server.add_vector(device, vector)
+
+    def _charge_server(self, stage: str) -> None:
+        for line, seconds in self._meter.take().items():
+            self.measured.server[stage][line] += seconds
+
+    def _context(self, sender: str, recipient: str, session: bytes) -> SignedContext:
+        return SignedContext(sender, recipient, FLEET, 1, 0, session)

@@ -1,0 +1,182 @@
+"""From a task to plans, and from a sum to the next state."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from coordinator.program import FederatedProgram, apply, build_program
+from coordinator.task import read_task
+from sottovoce.errors import BadBundle, ConfigError, RoundAbandoned
+from sottovoce.plan import Counted, Quantised
+from sottovoce.secagg.lanes import Aggregate
+
+TASKS = Path(__file__).parents[2] / "simulation" / "tasks"
+STANDARDISE = """
+[standardise]
+bundle = "moments.svp"
+[standardise.results.count]
+maximum = 1000
+[standardise.results.sum]
+half_range = 1000.0
+bits = 40
+[standardise.results.sum_of_squares]
+half_range = 1000.0
+bits = 40
+"""
+
+
+def _program(
+    folder: Path, *, extra: str = "", change: tuple[str, str] = ("", ""), name: str = "tiny"
+) -> FederatedProgram:
+    text = (folder / f"{name}.toml").read_text().replace(*change) + extra
+    task = read_task(text)
+    moments = (folder / "moments.svp").read_bytes() if task.standardise else None
+    return build_program(task, (folder / task.bundle).read_bytes(), fleet="choir", moments=moments)
+
+
+def _aggregate(survivors: int = 4, weight: int = 8, cap: int = 10, **sums: Any) -> Aggregate:
+    arrays = {name: [np.asarray(value, np.float64)] for name, value in sums.items()}
+    return Aggregate(survivors, weight, 0, cap, frozenset({"delta"}), arrays)
+
+
+def test_a_model_becomes_one_plan_with_its_update_and_the_metrics_asked_for(task_folder: Path) -> None:
+    program = _program(task_folder)
+    delta, correct = program.plan.aggregations
+    assert (delta.name, delta.weighted, delta.clip_norm, delta.lane) == ("delta", True, 10.0, "uint32")
+    assert delta.encoding == Quantised(half_range=1.0, bits=16)
+    assert (correct.name, correct.encoding, correct.weighted) == ("correct", Counted(maximum=100), False)
+    assert program.plan.privacy.minimum_cohort == 4
+    assert program.plan.privacy.weight_cap == 10
+    assert program.length == 2
+    assert [program.plan_at(at) for at in range(2)] == [program.plan] * 2
+    assert program.plan.digest == _program(task_folder).plan.digest, "the same task is the same plan"
+
+
+def test_fedavg_adds_the_weighted_mean_times_the_servers_rate(task_folder: Path) -> None:
+    program = _program(task_folder, change=("learning_rate = 0.25", "learning_rate = 0.25\nserver_learning_rate = 0.5"))
+    state = dict(program.first_state)
+    summed = np.full((3, 2), 0.8)  # of value * weight / cap; the weights sum to 8 of cap 10
+    advance = apply(program, 0, state, _aggregate(delta=summed, correct=[6.0]))
+    np.testing.assert_allclose(advance.state["kernel"], state["kernel"] + 0.5 * 1.0, rtol=1e-6)
+    assert advance.state["kernel"].dtype == np.float32
+    assert list(advance.state) == ["kernel", "mean", "std", "learning_rate"]
+    assert advance.state["learning_rate"] == np.float32(0.25)
+    assert advance.metrics == {"examples": 8.0, "clamped": 0.0, "correct": 0.75}
+    assert advance.released == {}
+    np.testing.assert_array_equal(state["kernel"], program.initial["kernel"], "the old state is left alone")
+
+
+def test_a_state_that_is_not_finite_is_not_adopted(task_folder: Path) -> None:
+    program = _program(task_folder)
+    with pytest.raises(RoundAbandoned, match="not_finite"), np.errstate(over="ignore"):
+        apply(program, 0, program.first_state, _aggregate(delta=np.full((3, 2), 1e39), correct=[0.0]))
+
+
+def test_standardisation_is_a_first_round_that_fills_mean_and_std(task_folder: Path) -> None:
+    program = _program(task_folder, extra=STANDARDISE)
+    assert program.length == 3
+    assert [program.step_at(at) for at in range(3)] == ["standardise", "train", "train"]
+    moments = program.plan_at(0)
+    assert moments.name == "tiny-moments"
+    assert program.first_state == {}
+    assert [a.lane for a in moments.aggregations] == ["uint32", "uint64", "uint64"]
+    data = np.random.default_rng(1).normal(3, 2, (40, 3))
+    data[:, 2] = 5.0  # never varies: dividing by its std of 0 would ruin everything
+    sums = {"count": [40.0], "sum": data.sum(0), "sum_of_squares": (data**2).sum(0)}
+    advance = apply(program, 0, program.first_state, _aggregate(**sums))
+    np.testing.assert_allclose(advance.state["mean"], data.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(advance.state["std"][:2], data.std(0)[:2], rtol=1e-5)
+    assert np.isfinite(advance.state["std"]).all()
+    assert (advance.state["std"] > 0).all()
+    np.testing.assert_array_equal(advance.state["kernel"], program.initial["kernel"])
+    trained = apply(program, 1, advance.state, _aggregate(delta=np.full((3, 2), 0.8), correct=[1.0]))
+    np.testing.assert_array_equal(trained.state["mean"], advance.state["mean"])
+
+
+def test_moments_of_nothing_abandon_the_round(task_folder: Path) -> None:
+    program = _program(task_folder, extra=STANDARDISE)
+    zeros = {"count": [0.0], "sum": np.zeros(3), "sum_of_squares": np.zeros(3)}
+    with pytest.raises(RoundAbandoned, match="no_examples"):
+        apply(program, 0, {}, _aggregate(**zeros))
+
+
+def test_a_task_that_only_sums_releases_its_results_once(task_folder: Path) -> None:
+    program = _program(task_folder, name="moments")
+    assert program.length == 1
+    assert program.step_at(0) == "sum"
+    sums = {"count": [7.0], "sum": [1.0, 2.0, 3.0], "sum_of_squares": [4.0, 5.0, 6.0]}
+    advance = apply(program, 0, program.first_state, _aggregate(**sums))
+    assert {name: list(value) for name, value in advance.released.items()} == sums
+    assert advance.state == {}
+
+
+@pytest.mark.parametrize(
+    ("change", "extra", "says"),
+    [
+        (
+            ("[update]\nclip_norm = 10.0\nhalf_range = 1.0\nweight_cap = 10\n", ""),
+            "",
+            r"update: bundle 'tiny' trains a model",
+        ),
+        (
+            ("", ""),
+            "[metrics.accuracy]\nmaximum = 3\n",
+            r"metrics.accuracy: bundle 'tiny' has no such name; it has loss, correct",
+        ),
+        (("", ""), "[results.sum]\nmaximum = 3\n", r"results.sum: bundle 'tiny' has no such name; it has none"),
+        (("bits", "bits"), "[metrics.loss]\nbits = 3\n", r"metrics.loss: write either maximum"),
+        (('bundle = "tiny.svp"', 'bundle = "moments.svp"'), "", r"bundle 'moments' only sums and updates no model"),
+        (
+            ("goal = 5\nminimum = 4", "goal = 3\nminimum = 3"),
+            "",
+            r"cohort.goal: 3 devices are too few in active mode, which needs 4",
+        ),
+    ],
+)
+def test_what_does_not_fit_together_is_named(task_folder: Path, change: tuple[str, str], extra: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        _program(task_folder, change=change, extra=extra)
+
+
+def test_a_learning_rate_needs_a_port_for_it(task_folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"optimizer.learning_rate: bundle 'moments' has no port"):
+        _program(task_folder, name="moments", extra="[optimizer]\nlearning_rate = 0.1\n")
+
+
+def test_standardising_needs_a_moments_bundle(task_folder: Path, model_bundle: bytes) -> None:
+    (task_folder / "moments.svp").write_bytes(model_bundle)
+    with pytest.raises(ConfigError, match=r"standardise.bundle: 'tiny' is not a moments program"):
+        _program(task_folder, extra=STANDARDISE)
+
+
+def test_every_moment_needs_its_encoding(task_folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"standardise.results.count: say how it is encoded"):
+        _program(task_folder, extra=STANDARDISE.replace("[standardise.results.count]\nmaximum = 1000\n", ""))
+
+
+def test_a_lane_too_narrow_for_the_cohort_is_widened_for_sums_and_refused_for_updates(task_folder: Path) -> None:
+    change = ("half_range = 1.0", "half_range = 1.0\nbits = 24")
+    assert _program(task_folder, change=change).plan.aggregations[0].lane == "uint32"
+    text = (
+        (task_folder / "tiny.toml").read_text().replace(*change).replace("goal = 5", "goal = 200\nover_selection = 1.0")
+    )
+    program = build_program(read_task(text), (task_folder / "tiny.svp").read_bytes(), fleet="choir")
+    assert program.plan.aggregations[0].lane == "uint32", "200 * 2^24 < 2^32"
+
+
+def test_what_is_no_bundle_is_refused(task_folder: Path) -> None:
+    (task_folder / "tiny.svp").write_bytes(b"not a bundle")
+    with pytest.raises(BadBundle):
+        _program(task_folder)
+
+
+@pytest.mark.parametrize("name", ["digits", "har"])
+def test_the_demos_tasks_fit_their_bundles(name: str) -> None:
+    task = read_task((TASKS / f"{name}.toml").read_text())
+    moments = (TASKS / task.standardise.bundle).read_bytes() if task.standardise else None
+    program = build_program(task, (TASKS / task.bundle).read_bytes(), fleet="demo", moments=moments)
+    assert program.length == task.rounds + (name == "har")

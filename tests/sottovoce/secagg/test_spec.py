@@ -1,0 +1,75 @@
+"""docs/SPEC.md says what the code does: its tables and registries are rendered from the code and compared."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import pytest
+
+from sottovoce.secagg import labels, shamir, unmask
+from sottovoce.secagg.client import STEPS as CLIENT_STEPS
+from sottovoce.secagg.graph import COMPLETE_GRAPH_LIMIT
+from sottovoce.secagg.server import CLOSINGS, STAGE_NAMES
+from sottovoce.secagg.server import STEPS as SERVER_STEPS
+
+SPEC = (Path(__file__).parents[3] / "docs" / "SPEC.md").read_text(encoding="utf-8")
+
+
+def table(*rows: tuple[str, ...]) -> str:
+    header, *body = rows
+    lines = [header, tuple("---" for _ in header), *body]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def results(step: Callable[..., Any]) -> tuple[Any, Any]:
+    """The next stage and the reply in a step's annotated result."""
+    following, reply = get_args(get_type_hints(step)["return"])
+    return following, reply
+
+
+def device_table(steps: Mapping[tuple[type, type], Callable[..., Any]]) -> str:
+    rows = [("stage", "request", "reply", "next stage"), ("`Prepared`", "", "`AdvertiseKeys`", "`Advertised`")]
+    for (stage, request), step in steps.items():
+        following, reply = results(step)
+        rows.append(tuple(f"`{kind.__name__}`" for kind in (stage, request, reply, following)))  # type: ignore[arg-type]
+    return table(*rows)
+
+
+def server_table() -> str:
+    rows = [("stage", "its name in reports", "answer", "when closed")]
+    for (stage, message), _ in SERVER_STEPS.items():
+        following = results(CLOSINGS[stage])[0]
+        kinds = get_args(following) or (following,)
+        nexts = " or ".join(f"`{kind.__name__}`" for kind in kinds)
+        rows.append((f"`{stage.__name__}`", f"`{STAGE_NAMES[stage]}`", f"`{message.__name__}`", nexts))
+    return table(*rows)
+
+
+RENDERED = {
+    "device active": device_table(CLIENT_STEPS["active"]),
+    "device curious": device_table(CLIENT_STEPS["curious"]),
+    "server": server_table(),
+    "hash labels": " · ".join(f"`{label.decode()}`" for label in labels.HASH_LABELS),
+    "key labels": " · ".join(f"`{label.decode()}`" for label in labels.KEY_LABELS),
+}
+
+
+@pytest.mark.parametrize("name", RENDERED)
+def test_the_spec_shows_what_the_code_does(name: str) -> None:
+    shown = re.search(rf"<!-- begin {name} -->\n(.*?)\n?<!-- end {name} -->", SPEC, re.DOTALL)
+    assert shown is not None
+    assert shown[1] == RENDERED[name]
+
+
+def test_the_spec_states_the_codes_numbers() -> None:
+    for text in (
+        f"GF({shamir.PRIME})",
+        f"cut into {shamir.LIMBS} limbs of {shamir.LIMB_BITS} bits",
+        f"{shamir.SHARE_BYTES} + {shamir.SHARE_BYTES} bytes",
+        f"at most {unmask.MAX_SUBSETS} in all",
+        f"at most {COMPLETE_GRAPH_LIMIT} in this release",
+    ):
+        assert text in SPEC, text
