@@ -9,6 +9,7 @@ import argparse
 import json
 import logging
 import os
+import random
 import signal
 import sqlite3
 import sys
@@ -20,7 +21,7 @@ import numpy as np
 
 from coordinator.assignment import load_program
 from coordinator.events import LOG, EventLog
-from coordinator.home import load_setup, make_home, open_transport
+from coordinator.home import load_setup, make_home, mqtt_settings
 from coordinator.journal import Journal
 from coordinator.journal_rows import TaskRow
 from coordinator.program import FederatedProgram, build_program
@@ -33,6 +34,7 @@ from sottovoce.errors import ConfigError, ProgramError, SottovoceError
 from sottovoce.identity import latest_time
 from sottovoce.tensors import decode_tensors, encode_tensors
 from sottovoce.transport.base import Transport
+from sottovoce.transport.mqtt import MqttTransport
 
 _FLUSH_S = 5.0
 _EXAMPLES = """\
@@ -146,7 +148,7 @@ def _run(options: argparse.Namespace) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda received, frame: stopping.append(received))
     with Journal(settings.journal) as journal:
-        transport = open_transport(settings)
+        transport = MqttTransport(mqtt_settings(settings.name, settings.broker), rng=random.SystemRandom())
         try:
             service = Service(setup, journal=journal, transport=transport, events=events)
             serve(service, transport, clock=_clock(), stopping=lambda: bool(stopping), once=options.once)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,7 +21,6 @@ from sottovoce.identity import (
     signing_request,
     write_secret_file,
 )
-from sottovoce.transport.mqtt import MqttTransport
 from sottovoce.transport.mqtt_settings import HEADER_ALLOWANCE_BYTES, MqttSettings, TlsFiles
 
 SETTINGS_FILE = "coordinator.toml"
@@ -105,15 +103,6 @@ def _read(path: Path, how: str) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}; {how}") from error
-
-
-def open_transport(settings: CoordinatorSettings) -> MqttTransport:
-    """Return the link to the broker; it connects in the background.
-
-    Raises:
-        ConfigError: A setting or TLS file cannot be used.
-    """
-    return MqttTransport(mqtt_settings(settings.name, settings.broker), rng=random.SystemRandom())
 
 
 def mqtt_settings(name: str, broker: BrokerSettings) -> MqttSettings:

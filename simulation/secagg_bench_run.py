@@ -10,16 +10,25 @@ import os
 import random
 import resource
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from simulation.secagg_bench_fleet import COORDINATOR, FLEET, BenchFleet, Meter
+from simulation.secagg_bench_fleet import COORDINATOR, FLEET, SIGNATURES, BenchFleet, Meter
 from sottovoce.errors import RoundAbandoned
 from sottovoce.identity import SignedContext
-from sottovoce.plan import Aggregation, LaneName, LocalWork, Plan, PrivacyTerms, Quantised, blob_ref
+from sottovoce.plan import (
+    DEFAULT_CHUNK_BYTES,
+    Aggregation,
+    LaneName,
+    LocalWork,
+    Plan,
+    PrivacyTerms,
+    Quantised,
+    blob_ref,
+)
 from sottovoce.secagg.client import ClientSession, ClientTerms
 from sottovoce.secagg.graph import BASIS_POINTS, SMALLEST_COHORT
 from sottovoce.secagg.lanes import Layout, add_into, encode, layout_of
@@ -28,7 +37,7 @@ from sottovoce.secagg.server_stages import Unmasked
 from sottovoce.types import Array
 from sottovoce.wire.chunks import VectorChunk, encode_vector_chunk
 from sottovoce.wire.codec import ALL, open_envelope, parse, seal
-from sottovoce.wire.messages import AdvertiseKeysRequest, Cipher, Message, Mode, SecAggParameters
+from sottovoce.wire.messages import AdvertiseKeysRequest, Cipher, Message, Mode, Roster, SecAggParameters
 
 DropStage: TypeAlias = Literal["before-keys", "after-advertising", "after-keys", "after-input"]
 LAST_STAGES: Mapping[DropStage, int] = {"before-keys": 0, "after-advertising": 1, "after-keys": 2, "after-input": 3}
@@ -202,15 +211,18 @@ class Bench:
         """Let the coordinator ask one device, the device answer, and the coordinator take the answer."""
         device = reply.device
         context = self._context(COORDINATOR, device, reply.session)
-        with self._meter.line("signatures"):
+        with self._meter.line(SIGNATURES):
             request = seal(reply.message, self._fleet.coordinator, context)
         self._charge_server(stage)
-        if isinstance(reply.message, AdvertiseKeysRequest):
-            self._clients[device] = self._new_client(device)
-        elif stage == "masked_input":
+        if stage == "masked_input":
             self._vectors[device][:] = self._encode(device)
             add_into(self._expected, self._vectors[device], wide_bytes=self._parameters.wide_bytes)
-        self._meter.take()
+            self._meter.take()
+        if isinstance(reply.message, AdvertiseKeysRequest):
+            with self._meter.line(SESSION):
+                self._clients[device] = self._new_client(device)
+        if isinstance(reply.message, Roster):
+            self.measured.neighbours, self.measured.threshold = reply.message.neighbours, reply.message.threshold
         answer = self._ask(self._clients[device], device, request)
         self.measured.client[stage].append(self._meter.take())
         self.measured.down[device] += len(request)
@@ -246,18 +258,18 @@ class Bench:
     def _ask(self, client: ClientSession, device: str, payload: bytes) -> bytes:
         """Return the sealed answer of `device` to the coordinator's sealed request."""
         meter, coordinator = self._meter, self._fleet.coordinator.certificate
-        with meter.line("signatures"):
+        with meter.line(SIGNATURES):
             message: Any = open_envelope(parse(payload), coordinator, payload).message
         with meter.line(SESSION):
             asked = isinstance(message, AdvertiseKeysRequest)
             answer: Message = client.advertise() if asked else client.receive(message)
-        with meter.line("signatures"):
+        with meter.line(SIGNATURES):
             session = bytes(32) if asked else client.session_id
             return seal(answer, self._fleet.devices[device], self._context(device, COORDINATOR, session))
 
     def _take(self, device: str, payload: bytes) -> None:
         meter = self._meter
-        with meter.line("signatures"):
+        with meter.line(SIGNATURES):
             envelope = parse(payload)
             opened = open_envelope(envelope, self._fleet.devices[device].certificate, payload)
         with meter.line(SESSION):
@@ -276,3 +288,24 @@ class Bench:
 
     def _context(self, sender: str, recipient: str, session: bytes) -> SignedContext:
         return SignedContext(sender, recipient, FLEET, 1, 0, session)
+
+
+class _Updates:
+    """A few distinct updates, dealt out in turn: what they are does not change what they cost."""
+
+    def __init__(self, options: Options) -> None:
+        rng = np.random.default_rng(options.seed)
+        scale = _CLIP_NORM / options.dimension**0.5
+        self._values = [
+            (scale * rng.standard_normal(options.dimension)).astype(np.float32) for _ in range(_DISTINCT_UPDATES)
+        ]
+
+    def of(self, device: str) -> Array:
+        return self._values[int(device.rpartition("-")[2]) % _DISTINCT_UPDATES]
+
+
+def _upload_bytes(session: bytes, vector: bytearray) -> int:
+    """Return how many bytes the chunks of a masked vector have, with what names them."""
+    view, size = memoryview(vector), DEFAULT_CHUNK_BYTES
+    chunks = (VectorChunk(session, at // size, bytes(view[at : at + size])) for at in range(0, len(view), size))
+    return sum(len(encode_vector_chunk(chunk)) for chunk in chunks)

@@ -202,7 +202,7 @@ class Trial:
                 self.broker.restart()
 
 
-def read_files(folders: Iterable[Path]) -> dict[Path, bytes]:
-    """Return the content of every file below `folders`."""
-    files = (path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file())
-    return {path: path.read_bytes() for path in files}
+def read_files(places: Iterable[Path]) -> dict[Path, bytes]:
+    """Return the content of every file among, and in the folders of, `places`."""
+    paths = (path for place in places for path in (place, *sorted(place.rglob("*"))))
+    return {path: path.read_bytes() for path in paths if path.is_file()}

@@ -106,7 +106,7 @@ def _unanswered(facts: Facts, where: str, now_s: float) -> Ending:
 
 def diagnose_tls(error: ssl.SSLError, *, where: str, now_s: float) -> Ending:
     """Return what a failed TLS handshake means."""
-    reason = (error.reason or "").upper()
+    reason = str(getattr(error, "reason", None) or "").upper()
     if isinstance(error, ssl.SSLCertVerificationError):
         text = f"{where} shows a certificate that does not fit ca_file and host: {error.verify_message}"
         return Ending(text, now_s, hopeless=True)

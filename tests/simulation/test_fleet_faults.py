@@ -26,13 +26,14 @@ SLOW_S = 0.25
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _without_tensorflow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Let no process of a fleet find TensorFlow: a module of that name stands in front of it and cannot be imported."""
-    folder = tmp_path_factory.mktemp("front")
-    (folder / "tensorflow.py").write_text("raise ImportError('no TensorFlow on this device')\n")
+def temporary(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The temporary folder of every process of a fleet; none of them can import TensorFlow."""
+    front, temporary = tmp_path_factory.mktemp("front"), tmp_path_factory.mktemp("temporary")
+    (front / "tensorflow.py").write_text("raise ImportError('no TensorFlow on this device')\n")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(folder), prepend=":")
-        yield
+        patch.setenv("PYTHONPATH", str(front), prepend=":")
+        patch.setenv("TMPDIR", str(temporary))
+        yield temporary
 
 
 # --- killed at every stage: the sum is exactly the survivors' ---------------------------------------------------------
@@ -147,10 +148,11 @@ def test_a_killed_agent_is_reported_lost_in_the_stage_in_which_it_died(aftermath
 # --- nothing that stays holds what one device said --------------------------------------------------------------------
 
 
-def test_nothing_that_stays_holds_the_contribution_of_one_device(aftermath: Aftermath) -> None:
+def test_nothing_that_stays_holds_the_contribution_of_one_device(aftermath: Aftermath, temporary: Path) -> None:
     trial = aftermath.trial
     assert all("pi-01" in committed["survivors"] for committed in aftermath.committed.values())
-    kept = read_files([trial.fleet.coordinator_home, *trial.fleet.folder.glob("coordinator.log"), trial.fleet.events])
+    folder = trial.fleet.folder
+    kept = read_files([trial.fleet.coordinator_home, folder / "coordinator.log", trial.fleet.events, temporary])
     assert {"journal.sqlite", "coordinator.log", "events.jsonl"} <= {path.name for path in kept}
     needles = forms_of_the_planted()
     assert where_found(kept, needles) == []
@@ -160,7 +162,7 @@ def test_nothing_that_stays_holds_the_contribution_of_one_device(aftermath: Afte
     # The search finds what is there: a device's id at the broker, and the sum of all.
     assert where_found(at_the_broker, {"a device": b"st/pi-01"}) == ["a device in mosquitto.db"]
     total = aftermath.released["unmasking"]["sum"]
-    assert where_found(kept, {"the sum": total.tobytes()}) == ["the sum in journal.sqlite"]
+    assert "the sum in journal.sqlite" in " ".join(where_found(kept, {"the sum": total.tobytes()}))
 
 
 def forms_of_the_planted() -> dict[str, bytes]:
