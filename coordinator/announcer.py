@@ -147,6 +147,11 @@ class Announcer:
             self._seeking_leftovers = True
         return True
 
+    @property
+    def acknowledged(self) -> bool:
+        """True when the broker has everything that was handed over."""
+        return self._transport.pending() == 0
+
     def _publish(self, topic: str, envelope: bytes) -> None:
         self._retained[topic] = envelope
         self._waiting.append((topic, envelope))

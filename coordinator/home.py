@@ -24,6 +24,8 @@ from sottovoce.identity import (
 from sottovoce.transport.mqtt_settings import HEADER_ALLOWANCE_BYTES, MqttSettings, TlsFiles
 
 SETTINGS_FILE = "coordinator.toml"
+_BACKOFF_MAX_S = 2.0
+"""A whole fleet waits for this one client: it is back at the broker before the devices are."""
 _PRIVATE_KEY_MARK = b"PRIVATE KEY"
 
 
@@ -125,4 +127,5 @@ def mqtt_settings(name: str, broker: BrokerSettings) -> MqttSettings:
         max_payload_bytes=broker.chunk_bytes + HEADER_ALLOWANCE_BYTES,
         receive_maximum=64,
         send_maximum=32,
+        backoff_max_s=_BACKOFF_MAX_S,
     )

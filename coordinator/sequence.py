@@ -98,7 +98,8 @@ class RoundSequence:
         handed_over = self._announcer.advance()
         if self.current is None and self._next is None and now_ms >= self._not_before_ms:
             self._prepare(now_ms)
-        elif self._next is not None and handed_over:
+        elif self._next is not None and handed_over and self._announcer.acknowledged:
+            # A round that is announced to a broker that is away would only run out of time.
             self._announce(*self._next, now_ms)
 
     def cancelled(self) -> bool:

@@ -103,6 +103,7 @@ def mask_input(setting: Setting, stage: KeysShared, request: MaskedInputRequest)
     _require_rising(positions, allowed=stage.seat.neighbours)
     _require_enough(setting, stage.seat, (stage.seat.position, *positions), members=1 + len(positions))
     held = {position: _open_shares(stage, position, content) for position, content in request.shares}
+    shamir.parse_shares([share for pair in held.values() for share in (pair.self_seed, pair.mask_key)])
     _mask_in_place(setting, stage, positions)
     reference = blob_ref(stage.vector, chunk_bytes=setting.chunk_bytes)
     return InputMasked(stage.vector, stage.seat, held, stage.own_share), MaskedInput(vector=reference)
@@ -220,9 +221,7 @@ def _channel_keys(setting: Setting, stage: Advertised, seat: Seat) -> tuple[dict
 
 def _open_shares(stage: KeysShared, position: int, ciphertext: bytes) -> HeldShares:
     content = keys.decrypt_shares(stage.incoming[position], ciphertext, session=stage.seat.shape.session)
-    held = HeldShares(content[: shamir.SHARE_BYTES], content[shamir.SHARE_BYTES :])
-    shamir.parse_shares((held.self_seed, held.mask_key))
-    return held
+    return HeldShares(content[: shamir.SHARE_BYTES], content[shamir.SHARE_BYTES :])
 
 
 def _mask_in_place(setting: Setting, stage: KeysShared, positions: Sequence[int]) -> None:

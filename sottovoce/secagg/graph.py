@@ -1,40 +1,144 @@
 """Who masks with whom, and how many shares rebuild a secret.
 
 Up to COMPLETE_GRAPH_LIMIT members the graph is complete: everybody is everybody's neighbour, and each member also keeps
-one share of its own self seed. Larger cohorts need the k-regular ring of Bell et al. 2020 (eprint 2020/704, section 3);
-every function already takes what that ring needs.
+one share of its own self seed. Larger cohorts may have a k-regular Harary ring instead (Bell et al. 2020, eprint
+2020/704, section 3): members stand on a circle in an order that nobody chooses, and each masks with the k/2 next ones
+on either side. The coordinator looks for the cheapest (k, t); both sides check here that it is safe.
 
-Symbols: n members, k neighbours each, t shares rebuild a secret, c corrupt members at most, gamma their assumed share.
+Symbols: n members, k neighbours each, t shares rebuild a secret, c corrupt members at most, gamma their assumed share,
+d assumed dropouts, Hyp(n, m, k) = how many of m marked members are among k drawn without replacement.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from math import exp, lgamma
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 
 from sottovoce.errors import ConfigError
 from sottovoce.wire.messages import Mode, SecAggParameters
 
 COMPLETE_GRAPH_LIMIT = 200
-"""Largest cohort whose graph is complete."""
+"""Up to this cohort the graph is always complete."""
+LARGEST_COHORT = 65520
+"""Evaluation points are the non-zero elements of GF(65521)."""
+LARGEST_THRESHOLD = 2098
+"""Shamir's scheme stays exact in float64 up to here."""
 SMALLEST_COHORT = 3
 """Below this a sum hides nobody, whatever the policy says."""
 BASIS_POINTS = 10_000
+SECURITY_BITS: dict[Mode, int] = {"curious": 40, "active": 80}
+"""sigma of the ring's conditions: an active server grinds rosters, for which 40 bits are set aside."""
 _SMALLEST_ASSUMPTION_BP = 500
+_SMALLEST_THRESHOLD = 2
 _LARGEST_VECTOR_BYTES = 512 * 1024 * 1024
 _WIDE_WORD_BYTES = 8
 _SMALLEST_WIDE_BYTES = 2 * _WIDE_WORD_BYTES
+_ROUNDING = 1 + 1e-6  # Two sides that sum the same tail in another order agree to nine digits.
+
+Positions: TypeAlias = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class GraphParameters:
+    """The shape of a cohort's graph.
+
+    Attributes:
+        neighbours: k, the degree of every member; members - 1 is the complete graph, else it is even.
+        threshold: t, the shares that rebuild a secret.
+    """
+
+    neighbours: int
+    threshold: int
+
+
+GraphRule: TypeAlias = Callable[[int], GraphParameters]
+"""Returns the graph of a cohort of that many members, or raises ConfigError."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Graph:
+    """The graph of one cohort.
+
+    Attributes:
+        members: n.
+        neighbour_count: k.
+        order: Roster positions in their order on the ring; rising for the complete graph.
+        place: Where on the ring each roster position stands.
+    """
+
+    members: int
+    neighbour_count: int
+    order: Positions = field(repr=False)
+    place: Positions = field(repr=False)
+
+    @property
+    def complete(self) -> bool:
+        """True if everybody is everybody's neighbour."""
+        return self.neighbour_count == self.members - 1
+
+    def neighbours(self, position: int) -> tuple[int, ...]:
+        """Return the roster positions of the neighbours of `position`, ascending."""
+        if self.complete:
+            return (*range(position), *range(position + 1, self.members))
+        around = (int(self.place[position]) + _offsets(self.neighbour_count)) % self.members
+        return tuple(np.sort(self.order[around]).tolist())
+
+    def all_neighbours(self) -> list[tuple[int, ...]]:
+        """Return the neighbours of every position, in one go."""
+        if self.complete:
+            return [self.neighbours(position) for position in range(self.members)]
+        around = (self.place[:, None] + _offsets(self.neighbour_count)) % self.members
+        return [tuple(row) for row in np.sort(self.order[around], axis=1).tolist()]
+
+    def share_holders(self, position: int) -> tuple[int, ...]:
+        """Return the positions that hold a share of the self seed of `position`, ascending: in a complete graph, all.
+
+        Shares of the mask key are held by the neighbours only.
+        """
+        return tuple(range(self.members)) if self.complete else self.neighbours(position)
+
+    def evaluation_points(self, positions: tuple[int, ...]) -> tuple[int, ...]:
+        """Return x, where the polynomials are evaluated for each of `positions`: its place on the ring plus one."""
+        return tuple((self.place[list(positions)] + 1).tolist())
+
+
+def graph_of(members: int, neighbour_count: int, seed: bytes) -> Graph:
+    """Return the graph of a cohort whose figures have been checked.
+
+    Args:
+        members: n.
+        neighbour_count: k; members - 1 is the complete graph, which needs no order.
+        seed: 32 bytes that follow from the roster. Members stand on the ring in the order of the little-endian 64-bit
+            words of the ChaCha20 stream under this key (counter and nonce zero), the lower position first among equals.
+    """
+    if neighbour_count == members - 1:
+        order = np.arange(members, dtype=np.int64)
+        return Graph(members, neighbour_count, order, order)
+    stream = Cipher(algorithms.ChaCha20(seed, bytes(16)), mode=None).encryptor().update(bytes(8 * members))
+    order = np.argsort(np.frombuffer(stream, "<u8"), kind="stable").astype(np.int64)
+    place = np.empty_like(order)
+    place[order] = np.arange(members)
+    return Graph(members, neighbour_count, order, place)
 
 
 def degree(members: int) -> int:
-    """Return k, the number of neighbours of every member of a cohort.
+    """Return k of the complete graph, the number of neighbours of every member of a cohort.
 
     Raises:
-        ConfigError: The cohort is too small to hide anybody, or too large for the complete graph.
+        ConfigError: The cohort is too small to hide anybody, or too large to be always complete.
     """
     if members < SMALLEST_COHORT:
         raise ConfigError(f"{members} devices are too few to hide in: at least {SMALLEST_COHORT} are needed")
     if members > COMPLETE_GRAPH_LIMIT:
         raise ConfigError(
-            f"a cohort of {members} needs the k-regular graph, which this release does not have: "
-            f"lower maximum_clients to {COMPLETE_GRAPH_LIMIT}"
+            f"a cohort of {members} needs a k-regular graph, and nobody has said which: "
+            f"give its rule, or lower maximum_clients to {COMPLETE_GRAPH_LIMIT}"
         )
     return members - 1
 
@@ -53,54 +157,62 @@ def threshold(mode: Mode, members: int, corrupt_share_bp: int) -> int:
     corrupt = corrupt_bound(members, corrupt_share_bp)
     if mode == "active":
         return (members + corrupt) // 2 + 1
-    return max(2, corrupt + 1, -(-members // 2))
+    return max(_SMALLEST_THRESHOLD, corrupt + 1, -(-members // 2))
 
 
-def survivors_needed(parameters: SecAggParameters, members: int) -> int:
-    """Return how many members must stay so that the sum can be unmasked.
-
-    In active mode every survivor wants t signatures from *others*, so one more than t must stay.
-    """
-    needed = threshold(parameters.mode, members, parameters.corrupt_share_bp) + (parameters.mode == "active")
-    return max(needed, parameters.minimum_survivors, SMALLEST_COHORT)
-
-
-def neighbours(position: int, members: int, neighbour_count: int, seed: bytes) -> tuple[int, ...]:
-    """Return the roster positions of the neighbours of `position`, ascending.
-
-    Args:
-        position: Roster position, 0 to members - 1.
-        members: n.
-        neighbour_count: k; members - 1 is the complete graph.
-        seed: SHA-256 of the graph label and the Merkle root, 32 bytes; it permutes the ring of larger cohorts.
+def complete_graph(parameters: SecAggParameters, members: int) -> GraphParameters:
+    """Return the figures of the complete graph.
 
     Raises:
-        ConfigError: The graph is not complete.
+        ConfigError: The cohort is too small, or larger than COMPLETE_GRAPH_LIMIT.
     """
-    _require_complete(members, neighbour_count)
-    return (*range(position), *range(position + 1, members))
+    return GraphParameters(degree(members), threshold(parameters.mode, members, parameters.corrupt_share_bp))
 
 
-def share_holders(position: int, members: int, neighbour_count: int, seed: bytes) -> tuple[int, ...]:
-    """Return the positions that hold a share of the self seed of `position`, ascending: in a complete graph, all.
+def survivors_needed(parameters: SecAggParameters, shares: int) -> int:
+    """Return how many members must stay so that the sum can be unmasked when `shares` rebuild a secret.
 
-    Shares of the mask key are held by the neighbours only.
-
-    Raises:
-        ConfigError: The graph is not complete.
+    In active mode every survivor wants `shares` signatures from *others*, so one more must stay.
     """
-    _require_complete(members, neighbour_count)
-    return tuple(range(members))
+    return max(shares + (parameters.mode == "active"), parameters.minimum_survivors, SMALLEST_COHORT)
 
 
-def evaluation_point(position: int, members: int, neighbour_count: int, seed: bytes) -> int:
-    """Return x, where the polynomials are evaluated for the member at `position`: its ring position plus one.
+def check_graph(parameters: SecAggParameters, members: int, told: GraphParameters) -> None:
+    """Raise ConfigError unless a graph of these figures protects `members` under the session's assumptions.
 
-    Raises:
-        ConfigError: The graph is not complete.
+    A complete graph has exactly its own threshold. A ring is checked against the conditions that
+    `coordinator.graph_parameters` explains; whether it is likely to complete is the coordinator's concern alone.
     """
-    _require_complete(members, neighbour_count)
-    return position + 1
+    if members <= COMPLETE_GRAPH_LIMIT or told.neighbours == members - 1:
+        expected = GraphParameters(members - 1, threshold(parameters.mode, members, parameters.corrupt_share_bp))
+        if members < SMALLEST_COHORT or told != expected:
+            raise ConfigError(
+                f"{told.neighbours} neighbours and threshold {told.threshold} for {members} members, where the rules "
+                f"give {expected.neighbours} and {expected.threshold}"
+            )
+    elif not _is_possible(members, told):
+        raise ConfigError(f"a ring of {members} with {told.neighbours} neighbours and threshold {told.threshold}")
+    elif not _is_safe(parameters, members, told):
+        raise ConfigError(
+            f"{told.neighbours} neighbours and threshold {told.threshold} do not protect {members} members in "
+            f"{parameters.mode} mode against {parameters.corrupt_share_bp / 100:g} % corrupt ones"
+        )
+
+
+def hypergeometric_tail(smallest: int, *, members: int, marked: int, drawn: int) -> float:
+    """Return Pr[Hyp(members, marked, drawn) >= smallest], to about nine digits, however small."""
+    largest = min(marked, drawn)
+    smallest = max(smallest, drawn + marked - members, 0)
+    if smallest > largest:
+        return 0.0
+    term = exp(
+        _log_choose(marked, smallest) + _log_choose(members - marked, drawn - smallest) - _log_choose(members, drawn)
+    )
+    total = 0.0
+    for x in range(smallest, largest + 1):
+        total += term
+        term *= (marked - x) * (drawn - x) / ((x + 1) * (members - marked - drawn + x + 1))
+    return total
 
 
 def check_parameters(parameters: SecAggParameters) -> None:
@@ -132,6 +244,37 @@ def check_parameters(parameters: SecAggParameters) -> None:
             raise ConfigError(f"secure aggregation: {text}")
 
 
-def _require_complete(members: int, neighbour_count: int) -> None:
-    if neighbour_count != degree(members):
-        raise ConfigError(f"a cohort of {members} has {degree(members)} neighbours each, not {neighbour_count}")
+def _offsets(neighbour_count: int) -> Positions:
+    half = neighbour_count // 2
+    return np.concatenate([np.arange(-half, 0), np.arange(1, half + 1)])
+
+
+def _is_possible(members: int, told: GraphParameters) -> bool:
+    even = told.neighbours % 2 == 0
+    return (
+        members <= LARGEST_COHORT
+        and even
+        and _SMALLEST_THRESHOLD <= told.threshold <= min(told.neighbours, LARGEST_THRESHOLD)
+        and told.neighbours < members - 1
+    )
+
+
+def _is_safe(parameters: SecAggParameters, members: int, told: GraphParameters) -> bool:
+    neighbours, shares = told.neighbours, told.threshold
+    corrupt = corrupt_bound(members, parameters.corrupt_share_bp)
+    rare = _ROUNDING * 2.0 ** -(SECURITY_BITS[parameters.mode] + 1)
+
+    def tail(smallest: int, marked: int, drawn: int) -> float:
+        return hypergeometric_tail(smallest, members=members, marked=marked, drawn=drawn)
+
+    if parameters.mode == "active":
+        one_answer = members * tail(2 * shares - neighbours, corrupt, neighbours) <= rare
+        in_gap = tail(shares - neighbours // 2, corrupt, neighbours // 2)
+        return one_answer and members**2 / 2 * in_gap**2 <= rare
+    absent = corrupt + members * parameters.dropout_share_bp // BASIS_POINTS
+    secret = members * tail(shares, corrupt, neighbours) <= rare
+    return secret and members * (members - neighbours - 1) / 2 * tail(neighbours, absent, neighbours) <= rare
+
+
+def _log_choose(n: int, k: int) -> float:
+    return lgamma(n + 1) - lgamma(k + 1) - lgamma(n - k + 1)

@@ -27,17 +27,25 @@ MASK_KEY_BYTES: dict[Cipher, int] = {"aes-128-ctr": 16, "chacha20": 32}
 _SHARE_CIPHER = "chacha20-poly1305"
 _SHARE_KEY_BYTES = 32
 _ONE_TIME_NONCE = bytes(12)
+_SHA256 = SHA256()
 
 _FIELD_PRIME = 2**255 - 19
-_LOW_ORDER_U = frozenset(
-    {
-        0,
-        1,
-        _FIELD_PRIME - 1,
-        325606250916557431795983626356110631294008115727848805560023387167927233504,
-        39382357235489614581723060781553021112529911719440698176882885853963445705823,
-    }
+_TOP_BIT = 2**255
+_LOW_ORDER_U = (
+    0,
+    1,
+    _FIELD_PRIME - 1,
+    325606250916557431795983626356110631294008115727848805560023387167927233504,
+    39382357235489614581723060781553021112529911719440698176882885853963445705823,
 )
+_LOW_ORDER_KEYS = frozenset(
+    (u + shift + top).to_bytes(32, "little")
+    for u in _LOW_ORDER_U
+    for shift in (0, _FIELD_PRIME)
+    for top in (0, _TOP_BIT)
+    if u + shift < _TOP_BIT
+)
+"""Every encoding of them: reduced or not, with and without the top bit, which X25519 ignores."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +88,7 @@ def refuse_low_order(public_key: bytes) -> None:
     """
     if len(public_key) != PUBLIC_KEY_BYTES:
         raise CryptoError(f"an X25519 public key has {PUBLIC_KEY_BYTES} bytes, not {len(public_key)}")
-    if (int.from_bytes(public_key, "little") & (2**255 - 1)) % _FIELD_PRIME in _LOW_ORDER_U:
+    if public_key in _LOW_ORDER_KEYS:
         raise LowOrderPoint("an X25519 public key of low order gives everybody the same secret")
 
 
@@ -117,5 +125,5 @@ def decrypt_shares(key: bytes, ciphertext: bytes, *, session: bytes) -> bytes:
 
 
 def _derive(secret: bytes, session: bytes, length: int, label: bytes, *names: str) -> bytes:
-    info = label_prefixed(label, *(name.encode() for name in names))
-    return HKDF(algorithm=SHA256(), length=length, salt=session, info=info).derive(secret)
+    info = label_prefixed(label, *[name.encode() for name in names])
+    return HKDF(_SHA256, length, session, info).derive(secret)

@@ -18,8 +18,9 @@ from sottovoce.wire.messages import Cipher, SecAggParameters
 
 _NARROW = np.dtype("<u4")
 _WIDE = np.dtype("<u8")
-_BLOCK_BYTES = 1 << 17
+_BLOCK_BYTES = 1 << 18
 _ZERO_COUNTER = bytes(16)
+_COUNTER_MODE = modes.CTR(_ZERO_COUNTER)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,14 +69,14 @@ class MaskExpander:
             yield _Piece(at, zeros[:length], stream[:length], np.frombuffer(stream[:length], dtype))
 
     def _apply(self, operation: np.ufunc, vector: bytearray, key: bytes) -> None:
-        context = _context(self._cipher, key)
+        encrypt_into = _context(self._cipher, key).update_into
         for piece in self._pieces:
-            context.update_into(piece.zeros, piece.stream)
-            target = np.frombuffer(vector, piece.words.dtype, count=piece.words.size, offset=piece.start)
-            operation(target, piece.words, out=target)
+            encrypt_into(piece.zeros, piece.stream)
+            target = np.frombuffer(vector, piece.words.dtype, piece.words.size, piece.start)
+            operation(target, piece.words, target)
 
 
 def _context(cipher: Cipher, key: bytes) -> CipherContext:
     if cipher == "aes-128-ctr":
-        return StreamCipher(algorithms.AES(key), modes.CTR(_ZERO_COUNTER)).encryptor()
+        return StreamCipher(algorithms.AES(key), _COUNTER_MODE).encryptor()
     return StreamCipher(algorithms.ChaCha20(key, _ZERO_COUNTER), mode=None).encryptor()

@@ -20,6 +20,7 @@ DIGEST_BYTES = 32
 NO_SESSION = bytes(DIGEST_BYTES)
 """Session id in the context of everything that is sent before the roster is known, and of the roster itself."""
 _MODES = {"active": 1, "curious": 2}
+_LENGTH = struct.Struct("<I").pack
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +72,11 @@ def merkle_root(leaves: Sequence[bytes]) -> bytes:
     The session id also holds the number of leaves, so no two rosters share a root and a session.
     """
     level = list(leaves)
+    # One bytes template instead of label_prefixed per pair: a large roster has thousands of them.
+    before, between = label_prefixed(labels.MERKLE_INNER) + _LENGTH(DIGEST_BYTES), _LENGTH(DIGEST_BYTES)
     while len(level) > 1:
-        paired = [_hash(labels.MERKLE_INNER, left, right) for left, right in zip(level[::2], level[1::2], strict=False)]
+        pairs = zip(level[::2], level[1::2], strict=False)
+        paired = [digest_of(before + left + between + right) for left, right in pairs]
         level = paired + level[len(paired) * 2 :]
     return level[0]
 
@@ -119,4 +123,4 @@ def _hash(label: bytes, *fields: bytes) -> bytes:
 
 def label_prefixed(label: bytes, *fields: bytes) -> bytes:
     """Return `label` and `fields`, each with its length in front as uint32 little-endian: one reading only."""
-    return b"".join(struct.pack("<I", len(part)) + part for part in (label, *fields))
+    return b"".join([piece for part in (label, *fields) for piece in (_LENGTH(len(part)), part)])

@@ -192,7 +192,7 @@ def training_task(name: str, *, goal: int, minimum: int, rounds: int) -> dict[st
         "purpose": "Recognise handwritten digits, while one thing after the other goes wrong.",
         "rounds": rounds,
         "cohort": {"goal": goal, "minimum": minimum},
-        "time": {"selection_s": 10, "training_s": 10, "stage_s": 4, "retry_delay_s": 0.2},
+        "time": {"selection_s": 40, "training_s": 20, "stage_s": 4, "retry_delay_s": 0.2},
         "work": {"epochs": 5, "batch_size": 2},
         "optimizer": {"learning_rate": 0.1},
         "update": {"clip_norm": 5.0, "half_range": 1.0, "weight_cap": 400, "bits": 20},

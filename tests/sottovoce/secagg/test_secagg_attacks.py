@@ -537,6 +537,17 @@ def position_in(rehearsal: Any, device: str) -> int:
     return int(rehearsal.server.stage.cohort.position_of[device])
 
 
+@pytest.mark.parametrize("session", [bytes(32), b"o" * 32])
+def test_an_answer_signed_for_another_session_is_refused(fleet: Any, session: bytes) -> None:
+    rehearsal = fleet.rehearse(6)
+    requests = rehearsal.run_until(SharingKeys)
+    device = rehearsal.devices[0]
+    reply = rehearsal.clients[device].receive(requests[device])
+    with pytest.raises(Replayed):
+        rehearsal.server.receive(rehearsal.opened(device, reply, session=session))
+    assert device in rehearsal.server.waiting_for()
+
+
 def test_a_renewed_certificate_does_not_take_over_a_seat(fleet: Any) -> None:
     rehearsal = fleet.rehearse(6)
     requests = rehearsal.run_until(SharingKeys)

@@ -129,6 +129,14 @@ def test_the_server_refuses_what_its_table_does_not_hold_and_nothing_changes(
     assert server.waiting_for() == waiting
 
 
+@pytest.mark.parametrize(
+    "stage", [stage for stage in SERVER_STAGES if stage is not server_stages.Unmasked], ids=lambda stage: stage.__name__
+)
+def test_no_partial_sum_is_ever_given_out(fleet: Any, stage: type) -> None:
+    with pytest.raises(LocalProtocolError):
+        _ = server_in(stage, fleet).server.result
+
+
 def test_every_stage_of_the_server_can_be_closed_or_is_final(fleet: Any) -> None:
     assert CLOSINGS.keys() == STAGE_NAMES.keys() == {stage for stage, _ in SERVER_STEPS}
     for stage in set(SERVER_STAGES) - CLOSINGS.keys():
