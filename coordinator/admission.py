@@ -20,6 +20,8 @@ from sottovoce.wire.messages import CheckIn, Status, Withdraw
 from sottovoce.wire.topics import Topics
 
 _MAX_DEVICE_MESSAGE_BYTES = 1024 * 1024
+_MAX_FIRST_MESSAGE_BYTES = 16 * 1024
+"""Who is not known yet has nothing to say but CheckIn and Withdraw: a certificate and little else."""
 _OPEN_SENDERS = 64
 """Devices whose fragments are being put together at the same time; most envelopes fit into one message."""
 
@@ -62,7 +64,8 @@ class Admission:
         self._topics = topics
         self._coordinator = coordinator
         self._fleet = fleet
-        self._reassemblers: OrderedDict[str, Reassembler] = OrderedDict()
+        self._known: OrderedDict[str, Reassembler] = OrderedDict()
+        self._strangers: OrderedDict[str, Reassembler] = OrderedDict()
 
     def open(self, topic: str, payload: bytes, *, at: datetime.datetime) -> Incoming | None:
         """Return what a delivery says, or None for a fragment whose rest is missing and for a cleared topic.
@@ -88,14 +91,18 @@ class Admission:
                 raise MalformedMessage(f"nothing is expected on topic {topic[:200]!r}")
 
     def _reassemble(self, device: str, payload: bytes) -> bytes | None:
-        reassembler = self._reassemblers.pop(device, None)
+        """Return the envelope that `payload` completes; strangers, who cost nothing to invent, crowd out no device."""
+        known = self._fleet.knows(device)
+        open_senders = self._known if known else self._strangers
+        reassembler = open_senders.pop(device, None)
         if reassembler is None:
-            reassembler = Reassembler(max_bytes=_MAX_DEVICE_MESSAGE_BYTES, open_limit=1)
+            longest = _MAX_DEVICE_MESSAGE_BYTES if known else _MAX_FIRST_MESSAGE_BYTES
+            reassembler = Reassembler(max_bytes=longest, open_limit=1)
         whole = reassembler.add(payload)
         if reassembler.held_bytes:
-            self._reassemblers[device] = reassembler
-            if len(self._reassemblers) > _OPEN_SENDERS:
-                self._reassemblers.popitem(last=False)
+            open_senders[device] = reassembler
+            if len(open_senders) > _OPEN_SENDERS:
+                open_senders.popitem(last=False)
         return whole
 
     def _message(self, device: str, payload: bytes, at: datetime.datetime) -> Opened[Any] | StatusHint:

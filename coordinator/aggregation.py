@@ -72,8 +72,10 @@ class UploadSlots:
         upload = self._uploads.get(device)
         if upload is None:
             raise NoSlot(f"{device} holds no upload slot")
+        missing = upload.assembly.missing_count
         if not upload.assembly.add(index, content):
-            upload.moved_ms = now_ms
+            if upload.assembly.missing_count < missing:  # A chunk sent again is no progress.
+                upload.moved_ms = now_ms
             return None
         del self._uploads[device]
         self._done[device] = upload.assembly.ref.chunk_count

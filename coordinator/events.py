@@ -49,13 +49,15 @@ class Refusals:
         self._logged_ms: dict[str, int] = {}
         self._unsaid: Counter[str] = Counter()
 
-    def count(self, reason: str, detail: str, *, now_ms: int) -> None:
-        """Count one refused message; `reason` is a short code of sottovoce.errors."""
+    def count(self, reason: str, detail: str, *, now_ms: int) -> bool:
+        """Count one refused message and return whether it was logged; `reason` is a short code of sottovoce.errors."""
         self._new[reason] += 1
         self._unsaid[reason] += 1
-        if now_ms - self._logged_ms.get(reason, -_QUIET_MS) >= _QUIET_MS:
-            LOG.warning("refused %d x %s: %s", self._unsaid.pop(reason), reason, detail[:200])
-            self._logged_ms[reason] = now_ms
+        if now_ms - self._logged_ms.get(reason, now_ms - _QUIET_MS) < _QUIET_MS:
+            return False
+        LOG.warning("refused %d x %s: %s", self._unsaid.pop(reason), reason, detail[:200])
+        self._logged_ms[reason] = now_ms
+        return True
 
     def take(self) -> dict[str, int]:
         """Return what was counted since the last call."""

@@ -42,13 +42,13 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import ceil
 
-from scipy.stats import hypergeom
-
 from sottovoce.errors import ConfigError
 from sottovoce.secagg.graph import (
     BASIS_POINTS,
     COMPLETE_GRAPH_LIMIT,
+    SECURITY_BITS,
     SMALLEST_COHORT,
+    GraphParameters,
     corrupt_bound,
     degree,
     threshold,
@@ -58,8 +58,6 @@ from sottovoce.wire.messages import Mode
 
 SMALLEST_SHARE = 0.05
 """Neither assumption is ever taken lower: a fleet that looks better than this today will not always."""
-SECURITY_BITS: dict[Mode, int] = {"curious": 40, "active": 80}
-"""sigma: an active server grinds rosters, for which 40 bits are set aside."""
 CORRECTNESS_BITS = 20
 """eta: under the assumed dropouts one round in a million is abandoned for want of shares."""
 _LARGEST_BITS = 128
@@ -68,19 +66,6 @@ _SMALLEST_THRESHOLD = 2
 _PERCENT = BASIS_POINTS // 100
 _SMALLEST_SHARE_BP = round(SMALLEST_SHARE * BASIS_POINTS)
 _FLOAT_NOISE_BP = 1e-6
-
-
-@dataclass(frozen=True, slots=True)
-class GraphParameters:
-    """The shape of a cohort's graph.
-
-    Attributes:
-        neighbours: k, the degree of every client; clients - 1 is the complete graph, else it is even.
-        threshold: t, the shares that rebuild a secret.
-    """
-
-    neighbours: int
-    threshold: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +96,7 @@ def graph_parameters(
     mode: Mode,
     security_bits: int | None = None,
     correctness_bits: int = CORRECTNESS_BITS,
+    neighbours: int | None = None,
 ) -> GraphParameters:
     """Return the smallest graph that is safe and completes under these assumptions. Results are cached.
 
@@ -127,6 +113,7 @@ def graph_parameters(
         mode: What the server may do: `curious` follows the protocol, `active` need not.
         security_bits: sigma, 1 to 128; SECURITY_BITS of the mode if None. Not used by a complete graph.
         correctness_bits: eta, 1 to 128. Not used by a complete graph.
+        neighbours: k of a ring, even, if it is to be this one and not the smallest.
 
     Raises:
         ConfigError: An argument is out of range, or no graph satisfies all conditions; the text says which assumption
@@ -136,7 +123,13 @@ def graph_parameters(
     _check(clients, corrupt_share, dropout_share, bits, correctness_bits)
     corrupt_bp, dropout_bp = _basis_points(corrupt_share), _basis_points(dropout_share)
     assumptions = _Assumptions(clients, corrupt_bp, dropout_bp, mode, bits, correctness_bits)
-    found = _find(assumptions)
+    if neighbours is not None and (neighbours % 2 or not 2 <= neighbours <= clients - 2):
+        raise ConfigError(f"secure aggregation: a ring of {clients} has an even number of neighbours, not {neighbours}")
+    found = _find(assumptions) if neighbours is None else _search(assumptions, neighbours // 2, neighbours // 2)
+    if found is None and neighbours is not None:
+        raise ConfigError(
+            f"secure aggregation: {neighbours} neighbours are too few, or too many, for {clients} clients"
+        )
     if found is None:
         raise ConfigError(_infeasible(assumptions))
     return found
@@ -240,6 +233,8 @@ def _most_marked(clients: int, marked: int, neighbours: int, bits: int) -> int:
 
 def _tail(x: int, clients: int, marked: int, drawn: int) -> float:
     """Return Pr[Hyp(clients, marked, drawn) > x]."""
+    from scipy.stats import hypergeom  # Takes two seconds to import, and only cohorts beyond the limit need it.
+
     return float(hypergeom.sf(x, clients, marked, drawn))
 
 

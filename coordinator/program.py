@@ -259,6 +259,7 @@ def _update_aggregation(task: Task, name: str, ports: tuple[Port, ...]) -> Aggre
         encoding=Quantised(half_range=update.half_range, bits=update.bits),
         weighted=True,
         clip_norm=update.clip_norm,
+        lane=update.lane,
     )
 
 

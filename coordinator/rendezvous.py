@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from coordinator.aggregation import UploadSlots
+from coordinator.graph_parameters import graph_parameters
 from coordinator.phases import (
     Abandoned,
     Agenda,
@@ -28,6 +29,7 @@ from coordinator.phases import (
 from coordinator.presence import Presence
 from sottovoce.errors import RemoteProtocolError, RoundAbandoned
 from sottovoce.identity import SignedContext
+from sottovoce.secagg.graph import BASIS_POINTS, COMPLETE_GRAPH_LIMIT, GraphParameters, degree, threshold
 from sottovoce.secagg.lanes import decode, layout_of
 from sottovoce.secagg.server import STAGE_NAMES, Reply, ServerSession
 from sottovoce.wire.chunks import VectorChunk
@@ -84,6 +86,23 @@ def parameters_of(terms: Terms, agenda: Agenda, *, fast_aes: bool) -> SecAggPara
         dropout_share_bp=terms.dropout_share_bp,
         vector_bytes=layout.vector_bytes,
         wide_bytes=layout.wide_bytes,
+        packed=layout.packed,
+    )
+
+
+def graph_of(terms: Terms, members: int) -> GraphParameters:
+    """Return the graph of a cohort of `members`: who of them masks with whom is then drawn from their roster.
+
+    Raises:
+        ConfigError: No graph is both safe and sure to complete under the terms' assumptions.
+    """
+    if members <= COMPLETE_GRAPH_LIMIT:
+        return GraphParameters(degree(members), threshold(terms.mode, members, terms.corrupt_share_bp))
+    return graph_parameters(
+        clients=members,
+        corrupt_share=terms.corrupt_share_bp / BASIS_POINTS,
+        dropout_share=terms.dropout_share_bp / BASIS_POINTS,
+        mode=terms.mode,
     )
 
 
@@ -99,6 +118,7 @@ def open_rendezvous(
         state=agenda.state,
         parameters=parameters,
         expected=cohort.keys() - withdrawn,
+        graph_rule=lambda members: graph_of(terms, members),
     )
     phase = Reporting(
         cohort=frozenset(cohort),

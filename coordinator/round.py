@@ -11,6 +11,7 @@ a device may say in which phase stands in `STEPS`; anything else raises and chan
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, TypeAlias
@@ -36,11 +37,12 @@ from coordinator.phases import (
 )
 from coordinator.presence import Presence
 from coordinator.rendezvous import NotInCohort, Situation
-from sottovoce.errors import ConflictingMessage, Replayed, UnexpectedMessage
+from sottovoce.errors import ConflictingMessage, MalformedMessage, Replayed, UnexpectedMessage
 from sottovoce.plan import canonical, digest_of
 from sottovoce.wire.chunks import VectorChunk
 from sottovoce.wire.codec import Opened
 from sottovoce.wire.messages import (
+    REASON_CODE,
     AdvertiseKeys,
     CheckIn,
     MaskedInput,
@@ -58,6 +60,10 @@ from sottovoce.wire.messages import (
 Step: TypeAlias = Callable[[Situation, Any, Opened[Any]], tuple[Phase, list[Effect]]]
 Advance: TypeAlias = Callable[[Situation, Any], "tuple[Phase, list[Effect]] | None"]
 _WITHOUT_SESSION = (CheckIn, Ready, Withdraw, AdvertiseKeys)
+_MOST_CHECK_INS = 4
+"""A device that withdrew may check in again, but not for ever: each time is a line in the events."""
+_REPEAT_MS = 1000
+"""A device waits longer than this before it asks again."""
 
 
 class Round:
@@ -83,6 +89,8 @@ class Round:
         self._decisions: dict[str, Send] = {}
         self._last: dict[str, Send] = {}
         self._told: set[str] = set()
+        self._check_ins: Counter[str] = Counter()
+        self._repeated_ms: dict[str, int] = {}
 
     @property
     def over(self) -> bool:
@@ -94,13 +102,16 @@ class Round:
 
         Raises:
             Replayed: It belongs to another round, attempt, session or announcement.
-            ConflictingMessage: This device already said something else of this kind.
+            MalformedMessage: A withdrawal without a code.
+            ConflictingMessage: This device already said something else of this kind, or checks in again and again.
             UnexpectedMessage: The phase does not allow it.
             RemoteProtocolError: The session refuses it.
             CryptoError: A signature or certificate inside it does not verify.
         """
         device, message = opened.certificate.name, opened.message
         self._check_context(opened)
+        if isinstance(message, Withdraw) and not REASON_CODE.fullmatch(message.code):
+            raise MalformedMessage(f"{device} withdraws with a reason that is no code")
         step = STEPS.get((type(self.phase), type(message)))
         if step is None:
             raise UnexpectedMessage(self.phase, message)
@@ -109,10 +120,13 @@ class Round:
         body = digest_of(canonical(message))
         accepted = self._accepted.get((device, type(message)))
         if accepted == body:
-            return self._repeat(device, message)
+            return self._repeat(device, message, now_ms)
         if accepted is not None and not isinstance(message, Ready):
             raise ConflictingMessage(f"{device} sent a second, different {type(message).__name__}")
+        if isinstance(message, CheckIn) and self._check_ins[device] >= _MOST_CHECK_INS:
+            raise ConflictingMessage(f"{device} has checked in and withdrawn {_MOST_CHECK_INS} times")
         self.phase, effects = step(self._situation(now_ms), self.phase, opened)
+        self._check_ins[device] += isinstance(message, CheckIn)
         if isinstance(message, Withdraw):
             self._accepted.pop((device, CheckIn), None)
         else:
@@ -171,8 +185,12 @@ class Round:
         if isinstance(message, CheckIn) and message.announcement != self.agenda.announcement:
             raise Replayed("a check-in for another announcement")
 
-    def _repeat(self, device: str, message: Message) -> list[Effect]:
-        """Answer an exact repeat with what was said last, so that a lost answer costs one resend and nothing more."""
+    def _repeat(self, device: str, message: Message, now_ms: int) -> list[Effect]:
+        """Answer an exact repeat with what was said last, so that a lost answer costs one resend and nothing more.
+
+        A roster is a thousand times larger than the message that asks for it again: repeats in quick succession get
+        one answer, or whoever can repeat a message could fill the queue that all others are answered through.
+        """
         if isinstance(message, CheckIn):
             answer = self._decisions.get(device)
             return [answer] if answer else []
@@ -182,7 +200,10 @@ class Round:
             and self.phase.stage == "masked_input"
         ):
             return rendezvous.progress(self.phase, device)
-        return [self._last[device]] if device in self._last else []
+        if device not in self._last or now_ms - self._repeated_ms.get(device, -_REPEAT_MS) < _REPEAT_MS:
+            return []
+        self._repeated_ms[device] = now_ms
+        return [self._last[device]]
 
     def _say_it_is_over(self, device: str) -> list[Effect]:
         if device in self._told:

@@ -99,7 +99,7 @@ class Service:
     def tick(self, now_ms: int) -> None:
         """Do what the time asks for. Raises like `step`."""
         self._poll(now_ms)
-        self._feed(lambda current: current.round.tick(now_ms), now_ms)
+        self._feed(lambda current: current.round.tick(now_ms), now_ms, nobody_to_blame=True)
         self._sequence.advance(now_ms)
 
     def wait_s(self, now_ms: int) -> float:
@@ -161,8 +161,8 @@ class Service:
         except (sqlite3.Error, TransportError):
             raise
         except Exception:  # noqa: BLE001 -- the shell: no message may end the loop
-            LOG.exception("a message on %s could not be handled: a bug", delivery.topic[:200])
-            self._refusals.count("internal_error", "see above", now_ms=now_ms)
+            if self._refusals.count("internal_error", "a bug, see below", now_ms=now_ms):
+                LOG.exception("a message on %s could not be handled", delivery.topic[:200])
 
     def _deliver(self, delivery: Delivery, now_ms: int) -> None:
         if self._topics.split(delivery.topic)[:2] == ("all", "blob"):
@@ -201,16 +201,24 @@ class Service:
 
     # --- what goes out ------------------------------------------------------------------------------------------------
 
-    def _feed(self, ask: Callable[[RoundRecord], list[Effect]], now_ms: int) -> None:
-        """Let the round in flight take something in, and perform what it asks for."""
+    def _feed(self, ask: Callable[[RoundRecord], list[Effect]], now_ms: int, *, nobody_to_blame: bool = False) -> None:
+        """Let the round in flight take something in, and perform what it asks for.
+
+        Args:
+            ask: What the round takes in.
+            now_ms: The coordinator's time.
+            nobody_to_blame: No message has come; an error of the protocol is then a bug as any other.
+        """
         current = self._sequence.current
         if current is None:
             return
         try:
             self._perform_all(current, ask(current), now_ms)
-        except (RemoteProtocolError, CryptoError, TransportError, sqlite3.Error):
+        except (TransportError, sqlite3.Error):
             raise
-        except Exception:  # noqa: BLE001 -- the shell: a bug costs the round, not the coordinator
+        except Exception as error:
+            if isinstance(error, RemoteProtocolError | CryptoError) and not nobody_to_blame:
+                raise
             LOG.exception("round %d.%d cannot go on: a bug", *current.number)
             self._perform_all(current, current.round.abandon("internal_error"), now_ms)
 

@@ -7,10 +7,11 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from coordinator.graph_parameters import graph_parameters
 from coordinator.settings import Name, Positive, Seconds, Share, read_toml
 from sottovoce.errors import ConfigError
 from sottovoce.plan import Counted, Document, Encoding, Quantised
-from sottovoce.secagg.graph import BASIS_POINTS, COMPLETE_GRAPH_LIMIT, SMALLEST_COHORT, threshold
+from sottovoce.secagg.graph import BASIS_POINTS, COMPLETE_GRAPH_LIMIT, LARGEST_COHORT, SMALLEST_COHORT, threshold
 
 UNCAPPED_WEIGHT = 1_000_000
 """Weight cap of plans in which nothing is weighted: the number of examples is only counted."""
@@ -74,6 +75,7 @@ class UpdateTerms(Document, frozen=True):
         half_range: Each coordinate, once clipped and weighted, is clamped to +- this.
         weight_cap: Most examples of one device that count.
         bits: Width of one coordinate before summation.
+        lane: How wide it is on the wire; see `sottovoce.secagg.lanes`.
         noise_multiplier: Reserved; anything but 0 is refused until noise exists.
     """
 
@@ -81,6 +83,7 @@ class UpdateTerms(Document, frozen=True):
     half_range: Annotated[float, msgspec.Meta(gt=0)]
     weight_cap: Positive
     bits: Annotated[int, msgspec.Meta(ge=2, le=24)] = 16
+    lane: Literal["uint32", "uint16", "3x21", "dense"] = "uint32"
     noise_multiplier: float = 0.0
 
 
@@ -164,8 +167,8 @@ def read_task(text: str, *, where: str = "the task") -> Task:
             f"cohort.minimum: {task.cohort.minimum} is more than cohort.goal, {task.cohort.goal}; lower it",
         ),
         (
-            task.cohort.wanted <= COMPLETE_GRAPH_LIMIT,
-            f"cohort.goal: {task.cohort.wanted} devices with over-selection; at most {COMPLETE_GRAPH_LIMIT} for now",
+            task.cohort.wanted <= LARGEST_COHORT,
+            f"cohort.goal: {task.cohort.wanted} devices with over-selection; at most {LARGEST_COHORT} in one round",
         ),
         (
             _answers_needed(task) <= task.cohort.wanted,
@@ -181,6 +184,13 @@ def read_task(text: str, *, where: str = "the task") -> Task:
     for holds, text_if_not in rules:
         if not holds:
             raise ConfigError(f"{where}: {text_if_not}")
+    if task.cohort.wanted > COMPLETE_GRAPH_LIMIT:
+        graph_parameters(
+            clients=task.cohort.wanted,
+            corrupt_share=task.secagg.corrupt_share,
+            dropout_share=task.secagg.dropout_share,
+            mode=task.secagg.mode,
+        )
     return task
 
 

@@ -31,6 +31,7 @@ from edge_agent.verification import Verifier
 from sottovoce.errors import (
     CryptoError,
     LocalProtocolError,
+    MalformedMessage,
     RemoteProtocolError,
     SottovoceError,
     TransportError,
@@ -280,7 +281,7 @@ class Agent:
 
     def _deliver(self, delivery: Delivery) -> None:
         if self._library.owns(delivery.topic):
-            self._library.receive(delivery.topic, delivery.payload, now_ms=self._clock())
+            self._take_chunk(delivery)
             return
         try:
             opened = self._verifier.open(delivery.topic, delivery.payload, at=self._at())
@@ -289,6 +290,15 @@ class Agent:
             self._refuse(error.reason, error)
             return
         self._hands.perform(effects)
+
+    def _take_chunk(self, delivery: Delivery) -> None:
+        try:
+            self._topics.split_blob_chunk(delivery.topic)
+        except MalformedMessage as error:
+            # Anybody may have published it. What the library raises below is about blobs that a coordinator has signed.
+            self._refuse(error.reason, error)
+            return
+        self._library.receive(delivery.topic, delivery.payload, now_ms=self._clock())
 
     def _report(self, event: Event) -> None:
         self._hands.perform(self.participation.report(event, self._clock()))

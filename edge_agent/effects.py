@@ -6,7 +6,7 @@ ones after it are not performed: that is how nothing masked leaves before the le
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 import msgspec
@@ -52,7 +52,7 @@ class Contribution:
         weight: Number of examples used.
     """
 
-    values: dict[str, list[Array]]
+    values: dict[str, list[Array]] = field(repr=False)
     weight: int
 
 
@@ -237,6 +237,13 @@ class AdoptState:
 
 
 @dataclass(frozen=True, slots=True)
+class KeepEvidence:
+    """Keep these signed envelopes: they prove that somebody showed two survivor sets in one session."""
+
+    envelopes: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class KeepTime:
     """Remember durably the latest time that a coordinator signed."""
 
@@ -265,6 +272,7 @@ Effect: TypeAlias = (
     | Settle
     | AdvanceRound
     | AdoptState
+    | KeepEvidence
     | KeepTime
     | Log
 )

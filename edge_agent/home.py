@@ -5,6 +5,7 @@ request.csr       signing request for the fleet's CA
 certificate.pem   what the CA answered            fleet-ca.pem   the CA, pinned        revoked.pem   if the CA has any
 agent.toml        settings and policy
 examples.sqlite   the example store               ledger.sqlite  what has left this device
+evidence/         signed proof of a lie, if there ever was one
 blobs/            fetched plans, programs, states (public)       pending/   unfinished work, sealed
 """
 
@@ -96,6 +97,11 @@ class Home:
     def blobs(self) -> Path:
         """Folder of fetched blobs."""
         return self.path / "blobs"
+
+    @property
+    def evidence(self) -> Path:
+        """Folder of signed envelopes that prove a lie; missing until there is one."""
+        return self.path / "evidence"
 
     @property
     def pending(self) -> Path:

@@ -1,9 +1,11 @@
 """The device's side of a round as a plain object: fed with verified messages and local events, it returns effects.
 
-It never waits, reads no clock and touches no disk. Three rules stand above the table of `edge_agent.steps`:
+It never waits, reads no clock and touches no disk. Four rules stand above the table of `edge_agent.steps`:
 
 - An announcement opens the next round *beside* the current one: only when its plan has arrived is it known whether the
   round is new, and then the older round ends for this device.
+- The announcements of a coordinator are a chain. One older than the newest heard is a replay and is refused. One that
+  denies the one before it is a fork: the owner is warned, and the round is judged by its number as any other.
 - An exact repeat of a message that was handled in this round changes nothing (QoS 1 repeats). What the table does not
   allow ends the device's part in the round and drops every secret; a stranger's or an old round's message is refused
   and changes nothing.
@@ -19,6 +21,7 @@ from edge_agent.effects import (
     Entry,
     Event,
     FetchPlan,
+    KeepEvidence,
     KeepTime,
     LocalFacts,
     Log,
@@ -53,6 +56,7 @@ from sottovoce.errors import (
     BadExamples,
     ConfigError,
     CryptoError,
+    Equivocation,
     PolicyRefusal,
     ProgramError,
     RemoteProtocolError,
@@ -83,6 +87,10 @@ RESEND_LIMIT_MS = 30_000
 GRACE_MS = 60_000
 """How long after its last deadline a silent round is given up."""
 _BEFORE_THE_SESSION = (Selected, NotSelected, AdvertiseKeysRequest, Roster, RoundOver, Outcome)
+_FORK = (
+    "a fork: what coordinator {2} announces as round {0}, attempt {1}, does not follow what it has announced to this "
+    "device before; ask its operator whether the journal was restored, and other devices what they were told"
+)
 _EXPECTING_AN_ANSWER = (CheckedIn, Waiting, Advertised, Sharing, Uploading, Uploaded, AwaitingOutcome)
 
 
@@ -96,6 +104,15 @@ class _Candidate:
     attempt: int
     announcement: Announcement
     heard_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Heard:
+    """The newest announcement of one coordinator, as far as this process has heard."""
+
+    digest: bytes
+    position: tuple[int, int]
+    signed_ms: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +147,7 @@ class Participation:
         self.state: State = AwaitingOutcome(entry) if entry is not None and entry.session else Idle()
         self._entry = entry
         self._candidate: _Candidate | None = None
+        self._heard: dict[str, _Heard] = {}
         self._last_outcome: Outcome | None = None
         self._due: _Due | None = None
         self._seen: set[bytes] = set()
@@ -202,13 +220,28 @@ class Participation:
     def _announced(self, opened: Opened[Message], announcement: Announcement, now_ms: int) -> list[Effect]:
         digest, current = digest_of(opened.payload), entry_of(self.state)
         known = {c for c in (current and current.announcement, self._candidate and self._candidate.digest) if c}
-        if digest in known:
+        context, heard = opened.context, self._heard.get(opened.context.sender)
+        position = (context.round, context.attempt)
+        if digest in known or (heard is not None and digest == heard.digest):
             return []
-        context = opened.context
+        # A coordinator that has lost its journal starts over with small numbers and later times: that is no replay.
+        if heard is not None and position < heard.position and announcement.now_ms <= heard.signed_ms:
+            raise Replayed(f"the announcement of round {position}, where round {heard.position} has been announced")
+        forks = heard is not None and self._denies(heard, announcement, position)
+        self._heard[context.sender] = _Heard(digest, position, announcement.now_ms)
         self._candidate = _Candidate(
             digest, context.sender, context.round, context.attempt, announcement, heard_ms=now_ms
         )  # fmt: skip
-        return [FetchPlan(announcement.plan, announcement.state.digest)]
+        warning = [Log(_FORK.format(*position, context.sender), warning=True)] if forks else []
+        return [*warning, FetchPlan(announcement.plan, announcement.state.digest)]
+
+    def _denies(self, heard: _Heard, announcement: Announcement, position: tuple[int, int]) -> bool:
+        """Say whether an announcement contradicts the one heard before it, where no third can lie between them."""
+        round_, attempt = heard.position
+        outcome = self._last_outcome
+        committed = outcome is not None and outcome.committed and outcome.announcement == heard.digest
+        follows = position == (round_, attempt + 1) or (committed and position == (round_ + 1, 0))
+        return position == heard.position or (follows and announcement.previous != heard.digest)
 
     def _plan_fetched(self, event: PlanFetched, now_ms: int) -> list[Effect]:
         candidate = self._candidate
@@ -339,7 +372,9 @@ class Participation:
             return [Log(str(error), warning=True)]
         effects = self._leave(str(error), now_ms)
         withdrawal = send(entry, Withdraw(code=code_of(error)))
-        return [*effects, Log(f"round {entry.round}: leaving it ({was}): {error}", warning=True), withdrawal]
+        evidence = [KeepEvidence(error.evidence)] if isinstance(error, Equivocation) else []
+        warning = Log(f"round {entry.round}: leaving it ({was}): {error}", warning=True)
+        return [*effects, warning, withdrawal, *evidence]
 
     def _leave(self, reason: str, now_ms: int) -> list[Effect]:
         next_state, effects = leave(self.state, reason)
@@ -352,15 +387,16 @@ class Participation:
         before, entry = entry_of(self.state), entry_of(state)
         if isinstance(self.state, IN_SESSION) and not isinstance(state, IN_SESSION):
             self.state.session.abort()
+        leaving = isinstance(state, AwaitingOutcome) and not isinstance(self.state, AwaitingOutcome)
         self.state = state
         if before is None or entry is None or before.announcement != entry.announcement:
             self._seen.clear()
         self._entry = next((e.entry for e in reversed(effects) if isinstance(e, Remember)), self._entry)
         questions = [e for e in effects if isinstance(e, Send) and not isinstance(e.message, Withdraw)]
-        if not isinstance(state, _EXPECTING_AN_ANSWER):
-            self._due = None
-        elif questions:
+        if questions and isinstance(state, _EXPECTING_AN_ANSWER):
             self._due = self._schedule(questions[-1], self._resend_ms, now_ms)
+        elif leaving or not isinstance(state, _EXPECTING_AN_ANSWER):
+            self._due = None
         elif self._due is not None:
             self._due = self._schedule(self._due.send, self._due.interval_ms, now_ms)
         return effects

@@ -24,6 +24,7 @@ from edge_agent.effects import (
     Fetch,
     FetchPlan,
     ForgetPending,
+    KeepEvidence,
     KeepTime,
     LoadContribution,
     LocalFacts,
@@ -38,6 +39,7 @@ from edge_agent.effects import (
     StopWork,
     WorkFinished,
 )
+from edge_agent.evidence import keep_evidence
 from edge_agent.examples import ExampleStore
 from edge_agent.home import Home
 from edge_agent.latest import LATEST_FOLDER, keep_latest
@@ -253,6 +255,10 @@ class Performer:
         fleet = self._setup.identity.certificate.fleet
         self.ledger.advance_round(fleet, effect.plan_name, round=effect.round, attempt=effect.attempt)
 
+    def _keep_evidence(self, effect: KeepEvidence) -> None:
+        paths = keep_evidence(self._setup.home.evidence, effect.envelopes)
+        log.warning("kept as evidence, to be shown to the fleet's operator: %s", ", ".join(map(str, paths)))
+
     def _keep_time(self, effect: KeepTime) -> None:
         self.ledger.note_signed_ms(effect.signed_ms)
 
@@ -296,5 +302,6 @@ _PERFORM: Mapping[type[Effect], Callable[[Performer, Any], None]] = {
     Remember: Performer._remember,
     Settle: Performer._settle,
     AdvanceRound: Performer._advance_round,
+    KeepEvidence: Performer._keep_evidence,
     KeepTime: Performer._keep_time,
 }

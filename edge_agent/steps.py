@@ -55,13 +55,14 @@ from edge_agent.states import (
     entry_of,
     present,
 )
-from sottovoce.errors import ConfigError, LocalProtocolError, MalformedMessage, RemoteProtocolError
+from sottovoce.errors import ConfigError, LocalProtocolError, MalformedMessage, PolicyRefusal, RemoteProtocolError
 from sottovoce.identity import NAME, SignedContext
 from sottovoce.plan import Plan
 from sottovoce.secagg.client import ClientSession
 from sottovoce.secagg.lanes import encode, layout_of
 from sottovoce.wire.chunks import missing_in_bitmap
 from sottovoce.wire.messages import (
+    REASON_CODE,
     AdvertiseKeys,
     AdvertiseKeysRequest,
     MaskedInput,
@@ -160,6 +161,10 @@ def _work_finished(device: Device, state: Working, event: WorkFinished, now: Mom
 
 
 def _open(device: Device, state: Waiting, message: AdvertiseKeysRequest, now: Moment) -> Step:
+    promised, offered = state.round.plan.privacy.minimum_cohort, message.parameters.minimum_survivors
+    if offered < promised:
+        # The session enforces its own minimum; without this a coordinator could keep less than its plan has promised.
+        raise PolicyRefusal("minimum_cohort", f"a sum of {offered} devices, where the plan promised {promised}")
     return Opening(state.round, message.parameters), (LoadContribution(state.round.plan.digest, state.round.state),)
 
 
@@ -249,7 +254,7 @@ def _outcome(device: Device, state: State, message: Outcome, now: Moment) -> Ste
     if entry is None or message.announcement != entry.announcement:
         return state, ()
     mine = device.name in message.survivors
-    result = "committed" if message.committed else f"abandoned ({message.reason})"
+    result = "committed" if message.committed else f"abandoned ({_code(message.reason)})"
     effects: list[Effect] = [Log(f"{_title(entry)} is {result}" + (", with this device's update" if mine else ""))]
     if isinstance(state, Working):
         effects.append(StopWork())
@@ -267,9 +272,9 @@ def _outcome(device: Device, state: State, message: Outcome, now: Moment) -> Ste
 
 
 def _round_over(device: Device, state: State, message: RoundOver, now: Moment) -> Step:
-    next_state, effects = leave(state, f"the coordinator says it is over ({message.reason})")
-    entry = entry_of(state)
-    return next_state, (*effects, Log(f"{_title(entry)} is over for this device ({message.reason})"))
+    reason, entry = _code(message.reason), entry_of(state)
+    next_state, effects = leave(state, f"the coordinator says it is over ({reason})")
+    return next_state, (*effects, Log(f"{_title(entry)} is over for this device ({reason})"))
 
 
 _ENDINGS: Mapping[tuple[type[State], type[Message | Event]], StepFunction] = {
@@ -311,6 +316,11 @@ def _title(entry: Entry | None) -> str:
         return "no round"
     again = f" (attempt {entry.attempt})" if entry.attempt else ""
     return f"round {entry.round}{again} of {entry.plan_name}"
+
+
+def _code(reason: str) -> str:
+    """Return a reason from outside if it is a short code, for the log is no place for anything else."""
+    return reason if REASON_CODE.fullmatch(reason) else "no reason that can be read"
 
 
 def _context(device: Device, entry: Entry) -> SignedContext:

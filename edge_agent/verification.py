@@ -13,7 +13,7 @@ from sottovoce.errors import BadCertificate, MalformedMessage
 from sottovoce.identity import Certificate, TrustAnchor
 from sottovoce.wire.chunks import Reassembler
 from sottovoce.wire.codec import ALL, Envelope, Opened, open_envelope, parse, parse_body
-from sottovoce.wire.messages import Announcement, Message, Outcome
+from sottovoce.wire.messages import Announcement, Message, Outcome, Selected
 from sottovoce.wire.topics import Topics
 
 _KNOWN_LIMIT = 8
@@ -68,12 +68,17 @@ class Verifier:
         self._anchor.verify(certificate.der, at=at, role="coordinator")
         if envelope.name in (Announcement.__name__, Outcome.__name__):
             raise MalformedMessage(f"a {envelope.name} is published to everybody, never to one device")
-        return open_envelope(envelope, certificate, payload)
+        opened = open_envelope(envelope, certificate, payload)
+        if isinstance(opened.message, Selected):
+            self._anchor.verify(certificate.der, at=max(at, _moment(opened.message.now_ms)), role="coordinator")
+        return opened
 
     def _open_published(
         self, envelope: Envelope, payload: bytes, kind: type[Announcement | Outcome], at: datetime.datetime
     ) -> Opened[Message]:
         body = parse_body(envelope, kind)
+        if isinstance(body, Announcement):
+            _check_appointments(body)
         # The certificate must be valid now and at the very time it signs for: nobody can push this device's idea of
         # the time beyond the end of the coordinator's certificate.
         certificate = self._anchor.verify(body.certificate, at=max(at, _moment(body.now_ms)), role="coordinator")
@@ -83,6 +88,19 @@ class Verifier:
         while len(self._known) > _KNOWN_LIMIT:
             self._known.popitem(last=False)
         return opened
+
+
+def _check_appointments(announcement: Announcement) -> None:
+    """Raise MalformedMessage unless the appointments are times, in order: what is kept until then is computed with."""
+    appointments = (
+        announcement.now_ms,
+        announcement.selection_closes_ms,
+        announcement.rendezvous_ms,
+        announcement.rendezvous_closes_ms,
+    )
+    times = [_moment(unix_ms) for unix_ms in appointments]
+    if times != sorted(times):
+        raise MalformedMessage(f"an announcement whose appointments are out of order: {appointments}")
 
 
 def _moment(unix_ms: int) -> datetime.datetime:

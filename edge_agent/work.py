@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
 import numpy as np
@@ -37,11 +37,11 @@ class WorkState:
         metrics: Metric sums, float64 [1], over the current epoch; at its end and until the next batch over that one.
     """
 
-    seed: bytes
+    seed: bytes = field(repr=False)
     epoch: int
     position: int
-    tensors: Mapping[str, Array]
-    metrics: Mapping[str, Array]
+    tensors: Mapping[str, Array] = field(repr=False)
+    metrics: Mapping[str, Array] = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class WorkResult:
         weight: Number of examples used.
     """
 
-    values: Mapping[str, list[Array]]
+    values: Mapping[str, list[Array]] = field(repr=False)
     weight: int
 
 

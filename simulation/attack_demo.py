@@ -34,7 +34,8 @@ from sottovoce.identity import SignedContext
 from sottovoce.plan import digest_of
 from sottovoce.runtime import Program, open_program
 from sottovoce.secagg.client import ClientSession
-from sottovoce.secagg.lanes import Layout, add_into, encode, layout_of
+from sottovoce.secagg.lanes import Layout, encode, layout_of
+from sottovoce.secagg.segments import add_into
 from sottovoce.secagg.server import ServerSession
 from sottovoce.tensors import encode_tensors
 from sottovoce.types import Array, TensorType
@@ -130,9 +131,9 @@ def hold_round(*, seed: int, devices: int = DEFAULT_DEVICES) -> Round:
     layout = layout_of(program.plan, maximum_clients=devices)
     runtime = open_program(program.bundle)
     plain = {device: _plain_update(program, runtime, layout, mine) for device, mine in examples.items()}
-    total = bytearray(layout.vector_bytes)
+    total = bytearray(layout.unpacked_bytes)
     for vector in plain.values():
-        add_into(total, vector, wide_bytes=layout.wide_bytes)
+        add_into(total, vector, layout)
     victim, _honest, *captured = plain
     kept = bytes(plain[victim])
     record = _hold_session(program, layout, plain, captured)
@@ -244,6 +245,7 @@ def _parameters(program: FederatedProgram, layout: Layout, devices: int) -> SecA
         dropout_share_bp=round(terms.dropout_share * _BASIS_POINTS),
         vector_bytes=layout.vector_bytes,
         wide_bytes=layout.wide_bytes,
+        packed=layout.packed,
     )
 
 

@@ -12,6 +12,7 @@ import datetime
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -22,16 +23,28 @@ from rich.console import Console
 from rich.table import Table
 
 from simulation.secagg_bench_fleet import CHAINS, SIGNATURES, Meter, cold_chain_seconds, enrol
-from simulation.secagg_bench_run import ENCODING, SESSION, UPLOAD, Bench, DropStage, Measured, Options, Seconds
+from simulation.secagg_bench_run import (
+    ENCODING,
+    SESSION,
+    UPLOAD,
+    Bench,
+    DropStage,
+    Measured,
+    Options,
+    Seconds,
+    graph_for,
+)
 from sottovoce.errors import ConfigError
 from sottovoce.plan import LaneName
 from sottovoce.secagg.server import STAGE_NAMES
+from sottovoce.secagg.server_steps import AT_ONCE, Spread
 from sottovoce.wire.messages import Cipher, Mode
 
 _SMALLEST_ASSUMPTION = 0.05
 _COLD_SAMPLE = 50
 _FLOAT32_BYTES = 4
 _MEGABYTE = 1e6
+_WIDTH = 110
 _AT = datetime.datetime(2026, 12, 1, tzinfo=datetime.UTC)
 
 
@@ -93,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0 if figures.exact else 1
     if file is not None:
         Path(file).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    _show(options, figures, Console())
+    _show(options, figures, Console(width=_WIDTH, soft_wrap=True))
     return 0 if figures.exact else 1
 
 
@@ -107,15 +120,17 @@ def measure(options: Options) -> Figures:
     fleet = enrol(options.clients, meter, at=_AT)
     sample = [identity.certificate.der for identity in islice(fleet.devices.values(), _COLD_SAMPLE)]
     cold_s = cold_chain_seconds(fleet, sample)
-    return figures_of(options, Bench(options, fleet, meter).run(), cold_chain_s=cold_s)
+    graph_for(options, options.members)  # A coordinator looks for it once, not in every session; it is remembered.
+    with ThreadPoolExecutor(options.workers) as pool:
+        spread = AT_ONCE if options.workers == 1 else Spread(options.workers, pool.map)
+        measured = Bench(options, fleet, meter, spread).run()
+    return figures_of(options, measured, cold_chain_s=cold_s)
 
 
 def figures_of(options: Options, measured: Measured, *, cold_chain_s: float) -> Figures:
     """Return the figures that `measured` gives; `cold_chain_s` is the cost of one certificate never seen before."""
     client = {stage: _milliseconds(_medians(entries)) for stage, entries in measured.client.items()}
-    server = {
-        stage: {**lines, "closing": measured.closing.get(stage, 0.0)} for stage, lines in measured.server.items()
-    }
+    server = {stage: {**lines, "closing": measured.closing.get(stage, 0.0)} for stage, lines in measured.server.items()}
     whole = [device for device, size in measured.up.items() if size > max(measured.up.values()) / 2]
     up = round(median(measured.up[device] for device in whole))
     down = round(median(measured.down[device] for device in whole))
@@ -170,6 +185,7 @@ def _parse(arguments: Sequence[str] | None) -> tuple[Options, str | None]:
     parser.add_argument(
         "--assumed-dropout", type=float, help="assumed share of dropouts (default: --dropout, at least 0.05)"
     )
+    parser.add_argument("--graph", type=_graph, default="auto", help="auto, complete, or K neighbours on a ring")
     parser.add_argument("--lanes", choices=get_args(LaneName), default="uint32", help="width of one entry")
     parser.add_argument("--bits", type=int, default=16, help="width of one entry before summation (default 16)")
     parser.add_argument("--cipher", choices=get_args(Cipher), default="aes-128-ctr", help="of the masks")
@@ -191,8 +207,15 @@ def _parse(arguments: Sequence[str] | None) -> tuple[Options, str | None]:
         cipher=chosen.cipher,
         workers=chosen.workers,
         seed=chosen.seed,
+        graph=chosen.graph,
     )
     return options, chosen.json
+
+
+def _graph(text: str) -> str:
+    if text not in ("auto", "complete") and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not auto, complete or a number of neighbours")
+    return text
 
 
 def _show(options: Options, figures: Figures, console: Console) -> None:
@@ -203,7 +226,7 @@ def _show(options: Options, figures: Figures, console: Console) -> None:
         f"{options.drop_stage}, {figures.survivors} in the sum",
         highlight=False,
     )
-    table = Table("CPU time", "device, ms (median)", "  identities", "server, s", "  identities", box=None)
+    table = Table("CPU time", "device, ms", "  identities", "server, s", "  identities", box=None)
     for column in table.columns[1:]:
         column.justify = "right"
     for stage in [ENCODING, *STAGE_NAMES.values()]:
@@ -226,9 +249,8 @@ def _show(options: Options, figures: Figures, console: Console) -> None:
         style="bold",
     )
     console.print(table)
-    uploads = _total(figures.server_s.values(), (UPLOAD,))
     for line in (
-        f"of the server's: {uploads:.3f} s for {figures.survivors} uploads, their digests verified and added",
+        "device: the median; identities: signing, and verifying signatures, also by hashing the uploads they cover",
         f"certificate chains are cached; all of them cold: {figures.client_cold_chains_ms:.1f} ms more a device",
         f"bytes a device, without the model: {figures.up_bytes:,} up, {figures.down_bytes:,} down",
         f"expansion, up: {figures.expansion_float32:.3f} of float32, {figures.expansion_input:.3f} of the "

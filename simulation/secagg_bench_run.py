@@ -11,12 +11,15 @@ import random
 import resource
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
+import msgspec
 import numpy as np
 
-from simulation.secagg_bench_fleet import COORDINATOR, FLEET, SIGNATURES, BenchFleet, Meter
+from coordinator.graph_parameters import graph_parameters
+from simulation.secagg_bench_fleet import COORDINATOR, FLEET, SIGNATURES, BenchFleet, Meter, MeteredReference
 from sottovoce.errors import RoundAbandoned
 from sottovoce.identity import SignedContext
 from sottovoce.plan import (
@@ -30,14 +33,16 @@ from sottovoce.plan import (
     blob_ref,
 )
 from sottovoce.secagg.client import ClientSession, ClientTerms
-from sottovoce.secagg.graph import BASIS_POINTS, SMALLEST_COHORT
-from sottovoce.secagg.lanes import Layout, add_into, encode, layout_of
+from sottovoce.secagg.graph import BASIS_POINTS, COMPLETE_GRAPH_LIMIT, SMALLEST_COHORT, GraphParameters, threshold
+from sottovoce.secagg.lanes import Layout, encode, layout_of
+from sottovoce.secagg.segments import add_into, reduce
 from sottovoce.secagg.server import STAGE_NAMES, Reply, ServerSession
 from sottovoce.secagg.server_stages import Unmasked
+from sottovoce.secagg.server_steps import AT_ONCE, Spread
 from sottovoce.types import Array
 from sottovoce.wire.chunks import VectorChunk, encode_vector_chunk
-from sottovoce.wire.codec import ALL, open_envelope, parse, seal
-from sottovoce.wire.messages import AdvertiseKeysRequest, Cipher, Message, Mode, Roster, SecAggParameters
+from sottovoce.wire.codec import ALL, Opened, open_envelope, parse, seal
+from sottovoce.wire.messages import AdvertiseKeysRequest, Cipher, MaskedInput, Message, Mode, Roster, SecAggParameters
 
 DropStage: TypeAlias = Literal["before-keys", "after-advertising", "after-keys", "after-input"]
 LAST_STAGES: Mapping[DropStage, int] = {"before-keys": 0, "after-advertising": 1, "after-keys": 2, "after-input": 3}
@@ -70,6 +75,7 @@ class Options:
         cipher: Mask expansion.
         workers: Threads that take masks off.
         seed: Of who drops out, and of the updates.
+        graph: `auto`, `complete`, or the number of neighbours on a ring.
     """
 
     clients: int
@@ -84,11 +90,17 @@ class Options:
     cipher: Cipher
     workers: int
     seed: int
+    graph: str = "auto"
 
     @property
     def dropouts(self) -> int:
         """How many devices drop out."""
         return round(self.clients * self.dropout)
+
+    @property
+    def members(self) -> int:
+        """How many devices are in the roster."""
+        return self.clients - (self.dropouts if self.drop_stage == "before-keys" else 0)
 
 
 @dataclass(slots=True)
@@ -155,13 +167,31 @@ def parameters_of(options: Options, layout: Layout) -> SecAggParameters:
         dropout_share_bp=round(options.assumed_dropout * BASIS_POINTS),
         vector_bytes=layout.vector_bytes,
         wide_bytes=layout.wide_bytes,
+        packed=layout.packed,
+    )
+
+
+def graph_for(options: Options, members: int) -> GraphParameters:
+    """Return the graph of a cohort of `members`.
+
+    Raises:
+        ConfigError: No such graph is safe and likely to complete.
+    """
+    if options.graph == "complete" or (options.graph == "auto" and members <= COMPLETE_GRAPH_LIMIT):
+        return GraphParameters(members - 1, threshold(options.mode, members, round(options.corrupt * BASIS_POINTS)))
+    return graph_parameters(
+        clients=members,
+        corrupt_share=options.corrupt,
+        dropout_share=options.assumed_dropout,
+        mode=options.mode,
+        neighbours=None if options.graph == "auto" else int(options.graph),
     )
 
 
 class Bench:
     """A session being run and measured."""
 
-    def __init__(self, options: Options, fleet: BenchFleet, meter: Meter) -> None:
+    def __init__(self, options: Options, fleet: BenchFleet, meter: Meter, spread: Spread = AT_ONCE) -> None:
         """Prepare the server and every device's session."""
         plan = plan_of(options)
         self._options, self._fleet, self._meter = options, fleet, meter
@@ -177,10 +207,12 @@ class Bench:
             state=STATE,
             parameters=self._parameters,
             expected=fleet.devices,
+            graph_rule=partial(graph_for, options),
+            spread=spread,
         )
         self._clients: dict[str, ClientSession] = {}
         self._vectors: dict[str, bytearray] = {}
-        self._expected = bytearray(self._layout.vector_bytes)
+        self._expected = bytearray(self._layout.unpacked_bytes)
         self.measured = Measured()
 
     def run(self) -> Measured:
@@ -190,6 +222,7 @@ class Bench:
                 if isinstance(self._server.stage, Unmasked):
                     break
                 self._run_stage(stage)
+            reduce(self._expected, self._layout)
             self.measured.exact = self._server.result == self._expected
         except RoundAbandoned as abandoned:
             self.measured.abandoned = f"{abandoned.reason}: {abandoned.detail}"
@@ -216,7 +249,7 @@ class Bench:
         self._charge_server(stage)
         if stage == "masked_input":
             self._vectors[device][:] = self._encode(device)
-            add_into(self._expected, self._vectors[device], wide_bytes=self._parameters.wide_bytes)
+            add_into(self._expected, self._vectors[device], self._layout)
             self._meter.take()
         if isinstance(reply.message, AdvertiseKeysRequest):
             with self._meter.line(SESSION):
@@ -227,13 +260,13 @@ class Bench:
         self.measured.client[stage].append(self._meter.take())
         self.measured.down[device] += len(request)
         self.measured.up[device] += len(answer)
-        self._take(device, answer)
+        self._take(stage, device, answer)
         self._charge_server(stage)
         # A device that waits keeps its vector on its own memory, not on that of the other devices.
         self._vectors[device].clear()
 
     def _new_client(self, device: str) -> ClientSession:
-        vector = self._vectors[device] = bytearray(self._layout.vector_bytes)
+        vector = self._vectors[device] = bytearray(self._layout.unpacked_bytes)
         return ClientSession(
             identity=self._fleet.devices[device],
             anchor=self._fleet.anchor,
@@ -267,18 +300,18 @@ class Bench:
             session = bytes(32) if asked else client.session_id
             return seal(answer, self._fleet.devices[device], self._context(device, COORDINATOR, session))
 
-    def _take(self, device: str, payload: bytes) -> None:
+    def _take(self, stage: str, device: str, payload: bytes) -> None:
         meter = self._meter
         with meter.line(SIGNATURES):
             envelope = parse(payload)
-            opened = open_envelope(envelope, self._fleet.devices[device].certificate, payload)
+            opened = _metered(open_envelope(envelope, self._fleet.devices[device].certificate, payload))
         with meter.line(SESSION):
             self._server.receive(opened)
         if self._server.expected_vector(device) is not None:
             vector = self._clients[device].masked_vector
             assert vector is not None
+            self._charge_server(stage)
             self.measured.up[device] += _upload_bytes(self._server.session_id, vector)
-            meter.take()
             with meter.line(UPLOAD):
                 self._server.add_vector(device, vector)
 
@@ -301,7 +334,16 @@ class _Updates:
         ]
 
     def of(self, device: str) -> Array:
-        return self._values[int(device.rpartition("-")[2]) % _DISTINCT_UPDATES]
+        values: Array = self._values[int(device.rpartition("-")[2]) % _DISTINCT_UPDATES]
+        return values
+
+
+def _metered(opened: Opened[Any]) -> Opened[Any]:
+    """Return the same message; a masked vector's reference also notes the time of hashing the vector."""
+    if not isinstance(opened.message, MaskedInput):
+        return opened
+    reference = MeteredReference(**msgspec.structs.asdict(opened.message.vector))
+    return replace(opened, message=MaskedInput(vector=reference))
 
 
 def _upload_bytes(session: bytes, vector: bytearray) -> int:

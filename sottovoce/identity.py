@@ -34,6 +34,7 @@ MAX_CERTIFICATE_BYTES = 4096
 """Longer certificates are refused before they are parsed; the fleet's own have about 700 bytes."""
 _P256_ORDER = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551
 _SCALAR_BYTES = 32
+_LENGTH = struct.Struct("<I").pack
 _BUILD_TIME = datetime.datetime(2026, 11, 22, tzinfo=datetime.UTC)
 _END_OF_TIME = datetime.datetime(9999, 1, 1, tzinfo=datetime.UTC)
 _READABLE_BY_OTHERS = 0o077
@@ -80,7 +81,7 @@ def signed_bytes(message_name: str, context: SignedContext, fingerprint: bytes, 
         body_digest,
     )
     name = message_name.encode()
-    return b"sottovoce/1/" + b"".join(struct.pack("<I", len(part)) + part for part in (name, *fields))
+    return b"sottovoce/1/" + b"".join([piece for part in (name, *fields) for piece in (_LENGTH(len(part)), part)])
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,8 +19,14 @@ from sottovoce.types import TensorType
 DEFAULT_CHUNK_BYTES = 256 * 1024
 """Nothing larger travels in one MQTT message; 120 KiB fits AWS IoT, 60 KiB Azure."""
 MAX_BLOB_BYTES = 512 * 1024 * 1024
+MAX_CHUNK_BYTES = 2**24
 
-LaneName: TypeAlias = Literal["uint32", "uint64"]
+LaneName: TypeAlias = Literal["uint32", "uint16", "3x21", "dense", "uint64"]
+"""How wide an entry of the masked vector is, and so how many bits there are for the sum of all devices.
+
+32, 16 or 64 bits; 21 bits, three entries in a word of 64; or, for slow links, as many bits as the sum needs, up to 32.
+`sottovoce.secagg.lanes` says how exact each is.
+"""
 
 
 class Document(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -55,7 +61,11 @@ class BlobRef(Document, frozen=True):
     sources: tuple[str, ...] = ("mqtt:",)
 
     def __post_init__(self) -> None:
-        if len(self.digest) != 32 or not 0 <= self.size <= MAX_BLOB_BYTES or not 1 <= self.chunk_bytes <= 2**24:
+        if (
+            len(self.digest) != 32
+            or not 0 <= self.size <= MAX_BLOB_BYTES
+            or not 1 <= self.chunk_bytes <= MAX_CHUNK_BYTES
+        ):
             raise BadBlob("a blob reference has an impossible digest length, size or chunk size")
         if len(self.chunk_digests) != 32 * self.chunk_count:
             raise BadBlob(
@@ -131,7 +141,7 @@ class Aggregation(Document, frozen=True):
         weighted: The device multiplies by min(weight, cap) / cap, and the coordinator divides by the summed weight.
         clip_norm: L2 bound over all its tensors together, applied first; None leaves them as they are.
         encoding: How values become lane integers.
-        lane: Width of one entry on the wire.
+        lane: Width of one entry; see `LaneName`.
     """
 
     name: str
@@ -224,6 +234,11 @@ def check_plan(plan: Plan) -> None:
         (
             len({a.name for a in plan.aggregations}) == len(plan.aggregations),
             lambda: "two aggregations have the same name",
+        ),
+        (
+            all(text.isprintable() for text in (plan.name, plan.collection, *(a.name for a in plan.aggregations)))
+            and plan.privacy.purpose.replace("\n", " ").isprintable(),
+            lambda: "names and purpose are shown to people: they must be printable text",
         ),
         (bool(plan.privacy.purpose.strip()), lambda: "say in `purpose`, in plain words, what this is for"),
     )

@@ -115,7 +115,7 @@ class KeysShared:
         incoming: Position -> key of the shares that this neighbour sends.
         mask: Mask key pair.
         self_seed: b.
-        own_share: This device's own share of b.
+        own_share: This device's own share of b; empty on a ring, where only neighbours hold one.
     """
 
     vector: bytearray = field(repr=False)

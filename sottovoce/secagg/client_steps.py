@@ -7,11 +7,10 @@ form must not exist beside its masked one.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from itertools import pairwise
 
 from sottovoce.errors import ConfigError, Equivocation, MalformedMessage, PolicyRefusal, RemoteProtocolError
 from sottovoce.plan import blob_ref
-from sottovoce.secagg import graph, keys, shamir
+from sottovoce.secagg import graph, keys, segments, shamir
 from sottovoce.secagg.client_stages import (
     Advertised,
     HeldShares,
@@ -23,6 +22,7 @@ from sottovoce.secagg.client_stages import (
     Setting,
     SurvivorsSigned,
 )
+from sottovoce.secagg.graph import GraphParameters
 from sottovoce.secagg.masks import MaskExpander
 from sottovoce.secagg.roster import Shape, open_signature, shape_of, split_leaves, verify_neighbours
 from sottovoce.secagg.transcript import commitment_to, leaf_of, survivors_digest
@@ -86,7 +86,8 @@ def share_keys(setting: Setting, stage: Advertised, roster: Roster) -> tuple[Key
         for position, key in outgoing.items()
     )
     commitment = commitment_to(self_seed, session=shape.session, position=seat.position)
-    following = KeysShared(stage.vector, seat, incoming, stage.mask, self_seed, own_share=shares[seat.position][0])
+    own_share = shares[seat.position][0] if shape.graph.complete else b""
+    following = KeysShared(stage.vector, seat, incoming, stage.mask, self_seed, own_share)
     return following, ShareKeys(commitment=commitment, ciphertexts=ciphertexts)
 
 
@@ -101,7 +102,9 @@ def mask_input(setting: Setting, stage: KeysShared, request: MaskedInputRequest)
     """
     positions = tuple(position for position, _ in request.shares)
     _require_rising(positions, allowed=stage.seat.neighbours)
-    _require_enough(setting, stage.seat, (stage.seat.position, *positions), members=1 + len(positions))
+    _require_neighbourhood(stage.seat, (stage.seat.position, *positions))
+    if stage.seat.shape.graph.complete:  # On a ring a device sees its own neighbourhood only, until U3 is shown.
+        _require_members(setting, stage.seat, 1 + len(positions))
     held = {position: _open_shares(stage, position, content) for position, content in request.shares}
     shamir.parse_shares([share for pair in held.values() for share in (pair.self_seed, pair.mask_key)])
     _mask_in_place(setting, stage, positions)
@@ -155,8 +158,9 @@ def _check_parameters(setting: Setting, vector_bytes: int) -> None:
         graph.check_parameters(parameters)
     except ConfigError as error:
         raise RemoteProtocolError(f"the coordinator proposed impossible parameters: {error}") from error
-    if parameters.vector_bytes != vector_bytes:
-        raise RemoteProtocolError(f"the session masks {parameters.vector_bytes} bytes, the update has {vector_bytes}")
+    expected = segments.unpacked_bytes(parameters)
+    if expected != vector_bytes:
+        raise RemoteProtocolError(f"the session masks {expected} bytes, the update has {vector_bytes}")
     if parameters.mode not in terms.modes:
         raise PolicyRefusal("modes", f"the session is {parameters.mode}, allowed is {', '.join(terms.modes)}")
     if parameters.maximum_clients < terms.minimum_cohort:
@@ -194,17 +198,11 @@ def _take_seat(setting: Setting, stage: Advertised, roster: Roster) -> Seat:
 
 
 def _shape_told(setting: Setting, roster: Roster, leaves: Sequence[bytes]) -> Shape:
-    """Return the graph that the rules give; the coordinator's own figures must be these."""
+    """Return the graph of the coordinator's figures, if they are safe."""
     try:
-        shape = shape_of(setting.agreement, leaves)
+        return shape_of(setting.agreement, leaves, GraphParameters(roster.neighbours, roster.threshold))
     except ConfigError as error:
         raise RemoteProtocolError(f"an impossible roster: {error}") from error
-    if (roster.neighbours, roster.threshold) != (shape.neighbour_count, shape.threshold):
-        raise RemoteProtocolError(
-            f"{roster.neighbours} neighbours and threshold {roster.threshold}, where the rules give "
-            f"{shape.neighbour_count} and {shape.threshold}"
-        )
-    return shape
 
 
 def _channel_keys(setting: Setting, stage: Advertised, seat: Seat) -> tuple[dict[int, bytes], dict[int, bytes]]:
@@ -225,7 +223,7 @@ def _open_shares(stage: KeysShared, position: int, ciphertext: bytes) -> HeldSha
 
 
 def _mask_in_place(setting: Setting, stage: KeysShared, positions: Sequence[int]) -> None:
-    """Add the self mask and one pairwise mask per neighbour that shared keys: the lower position adds."""
+    """Add the self mask and one pairwise mask per neighbour that shared keys, the lower position adds; then pack."""
     session, cipher = stage.seat.shape.session, setting.agreement.parameters.cipher
     mask_keys: list[tuple[bool, bytes]] = []
     for position in positions:
@@ -240,6 +238,7 @@ def _mask_in_place(setting: Setting, stage: KeysShared, positions: Sequence[int]
     for first, key in mask_keys:
         (expander.add if first else expander.subtract)(stage.vector, key)
     expander.erase()
+    segments.pack(stage.vector, setting.agreement.parameters)
 
 
 def _check_survivors(setting: Setting, stage: InputMasked, survivors: Sequence[int]) -> None:
@@ -255,16 +254,22 @@ def _check_survivors(setting: Setting, stage: InputMasked, survivors: Sequence[i
     _require_rising(survivors, allowed=range(seat.shape.members))
     if seat.position not in survivors:
         raise RemoteProtocolError("this device has sent its masked input, yet it is not among the survivors")
-    if any(position in seat.neighbours and position not in stage.held for position in survivors):
+    if not (seat.neighbours.keys() - stage.held.keys()).isdisjoint(survivors):
         raise RemoteProtocolError("a neighbour is among the survivors that never shared its keys")
-    _require_enough(setting, seat, survivors, members=len(survivors))
+    _require_neighbourhood(seat, survivors)
+    _require_members(setting, seat, len(survivors))
 
 
-def _require_enough(setting: Setting, seat: Seat, positions: Collection[int], *, members: int) -> None:
-    """Refuse what leaves too few: in the neighbourhood to rebuild a secret, or altogether to hide in."""
-    parameters, shape = setting.agreement.parameters, seat.shape
+def _require_neighbourhood(seat: Seat, positions: Collection[int]) -> None:
+    """Refuse what leaves too few in the neighbourhood to rebuild a secret."""
+    shape = seat.shape
     if len(set(positions).intersection(shape.share_holders(seat.position))) < shape.threshold:
         raise RemoteProtocolError(f"fewer than {shape.threshold} of this device's neighbourhood are left")
+
+
+def _require_members(setting: Setting, seat: Seat, members: int) -> None:
+    """Refuse what leaves too few to hide in."""
+    parameters, shape = setting.agreement.parameters, seat.shape
     if members < parameters.minimum_survivors:
         raise RemoteProtocolError(f"{members} members are left where the session needs {parameters.minimum_survivors}")
     if members - shape.corrupt < setting.terms.minimum_honest_survivors:
@@ -302,7 +307,7 @@ def _shares_for(stage: InputMasked, survivors: Sequence[int]) -> Unmasking:
 
 
 def _require_rising(positions: Sequence[int], *, allowed: Collection[int]) -> None:
-    if any(left >= right for left, right in pairwise(positions)):
+    if sorted(set(positions)) != list(positions):
         raise MalformedMessage("positions must rise: unsorted, or one of them twice")
     if any(position not in allowed for position in positions):
         raise MalformedMessage("a position that is not in this device's roster")

@@ -21,6 +21,7 @@ import numpy.typing as npt
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 
 from sottovoce.errors import ConfigError
+from sottovoce.secagg import segments
 from sottovoce.wire.messages import Mode, SecAggParameters
 
 COMPLETE_GRAPH_LIMIT = 200
@@ -185,7 +186,7 @@ def check_graph(parameters: SecAggParameters, members: int, told: GraphParameter
     """
     if members <= COMPLETE_GRAPH_LIMIT or told.neighbours == members - 1:
         expected = GraphParameters(members - 1, threshold(parameters.mode, members, parameters.corrupt_share_bp))
-        if members < SMALLEST_COHORT or told != expected:
+        if members < SMALLEST_COHORT or told != expected or told.threshold > LARGEST_THRESHOLD:
             raise ConfigError(
                 f"{told.neighbours} neighbours and threshold {told.threshold} for {members} members, where the rules "
                 f"give {expected.neighbours} and {expected.threshold}"
@@ -220,6 +221,7 @@ def check_parameters(parameters: SecAggParameters) -> None:
     largest = parameters.maximum_clients
     rules = (
         (largest >= SMALLEST_COHORT, f"maximum_clients is {largest}; at least {SMALLEST_COHORT} are needed"),
+        (largest <= LARGEST_COHORT, f"maximum_clients is {largest}; at most {LARGEST_COHORT} have a share each"),
         (
             SMALLEST_COHORT <= parameters.minimum_survivors <= largest,
             f"minimum_survivors must be from {SMALLEST_COHORT} to maximum_clients",
@@ -237,6 +239,11 @@ def check_parameters(parameters: SecAggParameters) -> None:
             and parameters.vector_bytes % _WIDE_WORD_BYTES == 0
             and parameters.wide_bytes % _WIDE_WORD_BYTES == 0,
             "vector_bytes and wide_bytes must be multiples of 8, take them from the Layout of the plan",
+        ),
+        (
+            segments.is_possible(parameters.packed)
+            and segments.packed_bytes(parameters.packed) <= parameters.vector_bytes - parameters.wide_bytes,
+            "packed segments have widths from 1 to 32 and whole groups of 64; take them from the Layout of the plan",
         ),
     )
     for holds, text in rules:
@@ -271,7 +278,7 @@ def _is_safe(parameters: SecAggParameters, members: int, told: GraphParameters) 
         one_answer = members * tail(2 * shares - neighbours, corrupt, neighbours) <= rare
         in_gap = tail(shares - neighbours // 2, corrupt, neighbours // 2)
         return one_answer and members**2 / 2 * in_gap**2 <= rare
-    absent = corrupt + members * parameters.dropout_share_bp // BASIS_POINTS
+    absent = min(members, corrupt + members * parameters.dropout_share_bp // BASIS_POINTS)
     secret = members * tail(shares, corrupt, neighbours) <= rare
     return secret and members * (members - neighbours - 1) / 2 * tail(neighbours, absent, neighbours) <= rare
 

@@ -1,7 +1,7 @@
 """Mask streams: a short key becomes as many uniform words as the vector has, added to it or subtracted in place.
 
 The stream is AES-128-CTR (counter block from zero, big-endian) or ChaCha20 (counter and nonce zero), one for the whole
-vector, read as little-endian words of the vector's own widths. No temporary is as long as the vector.
+vector as it lies in memory, read as little-endian words of its own widths. No temporary is as long as the vector.
 """
 
 from __future__ import annotations
@@ -13,11 +13,9 @@ import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher as StreamCipher
 from cryptography.hazmat.primitives.ciphers import CipherContext, algorithms, modes
 
-from sottovoce.types import Array
+from sottovoce.secagg.segments import Segment, Words, segments_of, unpacked_bytes
 from sottovoce.wire.messages import Cipher, SecAggParameters
 
-_NARROW = np.dtype("<u4")
-_WIDE = np.dtype("<u8")
 _BLOCK_BYTES = 1 << 18
 _ZERO_COUNTER = bytes(16)
 _COUNTER_MODE = modes.CTR(_ZERO_COUNTER)
@@ -37,18 +35,18 @@ class _Piece:
     start: int
     zeros: memoryview
     stream: memoryview
-    words: Array
+    words: Words
 
 
 class MaskExpander:
     """Adds mask streams to vectors of one shape, through one reused block that stays in the processor's cache."""
 
     def __init__(self, parameters: SecAggParameters) -> None:
-        """Prepare for vectors of `parameters.vector_bytes`, the last `wide_bytes` of them uint64 words."""
+        """Prepare for vectors of the segments that `parameters` name, as they lie in memory."""
         self._cipher: Cipher = parameters.cipher
-        self._stream = bytearray(min(_BLOCK_BYTES, parameters.vector_bytes))
-        split = parameters.vector_bytes - parameters.wide_bytes
-        self._pieces = [*self._cut(0, split, _NARROW), *self._cut(split, parameters.vector_bytes, _WIDE)]
+        self._stream = bytearray(min(_BLOCK_BYTES, unpacked_bytes(parameters)))
+        self._zeros = memoryview(bytes(len(self._stream)))
+        self._pieces = [piece for segment in segments_of(parameters) for piece in self._cut(segment)]
 
     def add(self, vector: bytearray, key: bytes) -> None:
         """Add the stream of `key` to `vector`, each word modulo 2 to its width."""
@@ -62,11 +60,11 @@ class MaskExpander:
         """Overwrite what is left of the last stream."""
         self._stream[:] = bytes(len(self._stream))
 
-    def _cut(self, start: int, stop: int, dtype: np.dtype[np.unsignedinteger]) -> Iterator[_Piece]:
-        zeros, stream = memoryview(bytes(len(self._stream))), memoryview(self._stream)
-        for at in range(start, stop, _BLOCK_BYTES):
-            length = min(_BLOCK_BYTES, stop - at)
-            yield _Piece(at, zeros[:length], stream[:length], np.frombuffer(stream[:length], dtype))
+    def _cut(self, segment: Segment) -> Iterator[_Piece]:
+        stream = memoryview(self._stream)
+        for at in range(segment.start, segment.stop, _BLOCK_BYTES):
+            length = min(_BLOCK_BYTES, segment.stop - at)
+            yield _Piece(at, self._zeros[:length], stream[:length], np.frombuffer(stream[:length], segment.dtype))
 
     def _apply(self, operation: np.ufunc, vector: bytearray, key: bytes) -> None:
         encrypt_into = _context(self._cipher, key).update_into

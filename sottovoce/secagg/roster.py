@@ -10,6 +10,7 @@ from itertools import pairwise
 from sottovoce.errors import MalformedMessage, RemoteProtocolError, Replayed
 from sottovoce.identity import Certificate, TrustAnchor
 from sottovoce.secagg import graph, keys
+from sottovoce.secagg.graph import Graph, GraphParameters
 from sottovoce.secagg.transcript import (
     DIGEST_BYTES,
     NO_SESSION,
@@ -51,47 +52,58 @@ class Shape:
 
     Attributes:
         session: Session id, 32 bytes.
-        members: n.
-        neighbour_count: k.
+        graph: Who is whose neighbour.
         threshold: t.
         corrupt: c, the most corrupt members that the guarantees allow for.
-        seed: Of the graph.
     """
 
     session: bytes
-    members: int
-    neighbour_count: int
+    graph: Graph
     threshold: int
     corrupt: int
-    seed: bytes
+
+    @property
+    def members(self) -> int:
+        """n."""
+        return self.graph.members
+
+    @property
+    def neighbour_count(self) -> int:
+        """k."""
+        return self.graph.neighbour_count
 
     def neighbours(self, position: int) -> tuple[int, ...]:
         """Return the positions of the neighbours of `position`, ascending."""
-        return graph.neighbours(position, self.members, self.neighbour_count, self.seed)
+        return self.graph.neighbours(position)
 
     def share_holders(self, position: int) -> tuple[int, ...]:
         """Return the positions that hold a share of the self seed of `position`, ascending."""
-        return graph.share_holders(position, self.members, self.neighbour_count, self.seed)
+        return self.graph.share_holders(position)
 
     def points(self, positions: Sequence[int]) -> tuple[int, ...]:
         """Return the evaluation points of `positions`."""
-        return tuple(graph.evaluation_point(p, self.members, self.neighbour_count, self.seed) for p in positions)
+        return self.graph.evaluation_points(tuple(positions))
 
 
-def shape_of(agreement: Agreement, leaves: Sequence[bytes]) -> Shape:
-    """Return the graph and session id that sorted `leaves` give; both sides compute it, nobody is told.
+def shape_of(agreement: Agreement, leaves: Sequence[bytes], figures: GraphParameters) -> Shape:
+    """Return the graph and session id that sorted `leaves` give; both sides compute it.
+
+    Args:
+        agreement: What the session is about.
+        leaves: Of the roster.
+        figures: k and t, as the coordinator has chosen them. They count only if they are safe.
 
     Raises:
-        ConfigError: The cohort is too small or too large for the graph.
+        ConfigError: A graph of these figures does not protect this cohort.
     """
-    parameters, members, root = agreement.parameters, len(leaves), merkle_root(leaves)
-    neighbour_count = graph.degree(members)
-    threshold = graph.threshold(parameters.mode, members, parameters.corrupt_share_bp)
+    members = len(leaves)
+    graph.check_graph(agreement.parameters, members, figures)
+    root = merkle_root(leaves)
     session = session_id(
-        agreement, members=members, neighbour_count=neighbour_count, threshold=threshold, root=root
+        agreement, members=members, neighbour_count=figures.neighbours, threshold=figures.threshold, root=root
     )  # fmt: skip
-    corrupt = graph.corrupt_bound(members, parameters.corrupt_share_bp)
-    return Shape(session, members, neighbour_count, threshold, corrupt, graph_seed(root))
+    corrupt = graph.corrupt_bound(members, agreement.parameters.corrupt_share_bp)
+    return Shape(session, graph.graph_of(members, figures.neighbours, graph_seed(root)), figures.threshold, corrupt)
 
 
 def check_advertisement(agreement: Agreement, opened: Opened[AdvertiseKeys]) -> Member:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 from sottovoce.errors import (
@@ -25,7 +26,8 @@ from sottovoce.errors import (
 from sottovoce.identity import SignedContext
 from sottovoce.plan import BlobRef, canonical, digest_of
 from sottovoce.secagg import graph, server_steps
-from sottovoce.secagg.lanes import add_into
+from sottovoce.secagg.graph import GraphRule
+from sottovoce.secagg.segments import add_packed_into
 from sottovoce.secagg.server_stages import (
     Abandoned,
     AdvertisingKeys,
@@ -36,6 +38,7 @@ from sottovoce.secagg.server_stages import (
     Stage,
     Unmasked,
 )
+from sottovoce.secagg.server_steps import AT_ONCE, Spread
 from sottovoce.secagg.transcript import NO_SESSION, Agreement, agree
 from sottovoce.wire.codec import Opened
 from sottovoce.wire.messages import (
@@ -116,6 +119,8 @@ class ServerSession:
         state: bytes,
         parameters: SecAggParameters,
         expected: Iterable[str],
+        graph_rule: GraphRule | None = None,
+        spread: Spread = AT_ONCE,
     ) -> None:
         """Open the session; `outstanding()` then holds the first requests.
 
@@ -125,12 +130,16 @@ class ServerSession:
             state: Digest of the state that the updates start from, 32 bytes.
             parameters: Of the session.
             expected: Device ids invited to advertise keys.
+            graph_rule: Gives (k, t) once it is known how many have advertised; the complete graph if None.
+            spread: Over how many threads the masks are taken off, and how.
 
         Raises:
             ConfigError: The parameters are impossible, or more devices are invited than they allow.
         """
         graph.check_parameters(parameters)
-        graph.degree(parameters.maximum_clients)
+        if graph_rule is None:
+            graph.degree(parameters.maximum_clients)
+            graph_rule = partial(graph.complete_graph, parameters)
         invited = frozenset(expected)
         if len(invited) > parameters.maximum_clients:
             raise ConfigError(
@@ -140,7 +149,8 @@ class ServerSession:
         self._recorded: dict[tuple[str, type[Message]], bytes] = {}
         self._requests: dict[str, Message] = dict.fromkeys(invited, AdvertiseKeysRequest(parameters=parameters))
         self._requests_session = self._session = NO_SESSION
-        self.stage: Stage = AdvertisingKeys(invited)
+        self._spread = spread
+        self.stage: Stage = AdvertisingKeys(invited, graph_rule)
         self.dropped: dict[str, list[str]] = {}
         self.survivors: tuple[str, ...] = ()
 
@@ -217,7 +227,7 @@ class ServerSession:
             raise LocalProtocolError(f"no masked vector of {device} is expected")
         reference.verify(vector)
         position = self.stage.cohort.position_of[device]
-        add_into(self.stage.total, vector, wide_bytes=self._agreement.parameters.wide_bytes)
+        add_packed_into(self.stage.total, vector, self._agreement.parameters)
         self.stage.added.add(position)
         del self.stage.announced[position]
 
@@ -229,6 +239,8 @@ class ServerSession:
             LocalProtocolError: The session is over already.
         """
         closing = CLOSINGS.get(type(self.stage))
+        if isinstance(self.stage, CollectingShares):
+            closing = partial(server_steps.close_unmasking, spread=self._spread)
         if closing is None:
             raise LocalProtocolError(f"the session is over: {type(self.stage).__name__}")
         self.dropped[STAGE_NAMES[type(self.stage)]] = sorted(self.waiting_for())

@@ -5,11 +5,12 @@ The dataclasses are frozen; the collections that a stage gathers grow by one who
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from sottovoce.plan import BlobRef
+from sottovoce.secagg.graph import GraphRule
 from sottovoce.secagg.roster import Member, Shape
 from sottovoce.secagg.shamir import Limbs
 from sottovoce.wire.messages import ShareKeys
@@ -23,11 +24,17 @@ class Cohort:
         shape: The graph and the session id.
         members: In roster order; the index is the position.
         position_of: Device id -> position.
+        neighbours: Of every position, ascending.
     """
 
     shape: Shape
     members: tuple[Member, ...]
     position_of: Mapping[str, int]
+    neighbours: Sequence[tuple[int, ...]] = field(repr=False)
+
+    def holders(self, position: int) -> tuple[int, ...]:
+        """Return the positions that hold a share of the self seed of `position`, ascending."""
+        return self.shape.share_holders(position) if self.shape.graph.complete else self.neighbours[position]
 
     def names(self, positions: Iterable[int]) -> frozenset[str]:
         """Return the device ids at `positions`."""
@@ -49,9 +56,16 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class AdvertisingKeys:
-    """Waiting for fresh keys from the devices invited."""
+    """Waiting for fresh keys from the devices invited.
+
+    Attributes:
+        expected: Their device ids.
+        graph_rule: Gives (k, t) of so many members.
+        answers: Device id -> what it has advertised.
+    """
 
     expected: frozenset[str]
+    graph_rule: GraphRule
     answers: dict[str, Candidate] = field(default_factory=dict)
 
     def waiting_for(self) -> frozenset[str]:
@@ -101,18 +115,20 @@ class CheckingConsistency:
     Attributes:
         inputs: The total, and who shared keys.
         survivors: U3, sorted positions.
+        alive: The same as a set.
         digest: What they are to sign.
         answers: Position -> signed envelope.
     """
 
     inputs: CollectingInputs
     survivors: tuple[int, ...]
+    alive: frozenset[int]
     digest: bytes
     answers: dict[int, bytes] = field(default_factory=dict)
 
     def waiting_for(self) -> frozenset[str]:
         """Return the devices that still owe an answer."""
-        return self.inputs.cohort.names(frozenset(self.survivors) - self.answers.keys())
+        return self.inputs.cohort.names(self.alive - self.answers.keys())
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,12 +146,14 @@ class CollectingShares:
     Attributes:
         inputs: The total, and who shared keys.
         survivors: U3, sorted positions.
+        alive: The same as a set.
         asked: Positions asked for their shares.
         answers: Position -> the shares it gave.
     """
 
     inputs: CollectingInputs
     survivors: tuple[int, ...]
+    alive: frozenset[int]
     asked: frozenset[int]
     answers: dict[int, GivenShares] = field(default_factory=dict, repr=False)
 

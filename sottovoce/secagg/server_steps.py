@@ -6,14 +6,17 @@ function returns the next stage and what to ask of whom, or raises RoundAbandone
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
-from sottovoce.errors import BadShare, MalformedMessage, RemoteProtocolError, RoundAbandoned
+from sottovoce.errors import BadShare, ConfigError, MalformedMessage, RemoteProtocolError, RoundAbandoned
 from sottovoce.identity import Certificate
-from sottovoce.secagg import graph, keys, shamir
+from sottovoce.secagg import graph, keys, segments, shamir
+from sottovoce.secagg.graph import GraphRule
 from sottovoce.secagg.masks import MaskExpander
-from sottovoce.secagg.roster import check_advertisement, shape_of
+from sottovoce.secagg.roster import Shape, check_advertisement, shape_of
 from sottovoce.secagg.server_stages import (
     AdvertisingKeys,
     Candidate,
@@ -43,6 +46,23 @@ from sottovoce.wire.messages import (
 
 _CIPHERTEXT_BYTES = 2 * shamir.SHARE_BYTES + keys.TAG_BYTES
 _NextStage = TypeVar("_NextStage")
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """How the masks' expansion is spread over threads; most of it runs without the interpreter's lock.
+
+    Attributes:
+        parts: How many, each with an accumulator of its own.
+        run: `map`, or the `map` of a pool of as many threads.
+    """
+
+    parts: int
+    run: Callable[..., Iterable[None]]
+
+
+AT_ONCE = Spread(1, map)
+"""One part, in the caller's thread."""
 
 
 def take_advertisement(agreement: Agreement, stage: AdvertisingKeys, opened: Opened[AdvertiseKeys]) -> None:
@@ -95,7 +115,7 @@ def take_signature(agreement: Agreement, stage: CheckingConsistency, opened: Ope
         RemoteProtocolError: The member is not a survivor, or signed something else.
     """
     position = _position(stage.inputs.cohort, opened.certificate)
-    if position not in stage.survivors or opened.message.survivors != stage.digest:
+    if position not in stage.alive or opened.message.survivors != stage.digest:
         raise RemoteProtocolError(f"{opened.certificate.name} signed what it was not asked to sign")
     stage.answers[position] = opened.payload
 
@@ -112,11 +132,11 @@ def take_unmasking(agreement: Agreement, stage: CollectingShares, opened: Opened
     position = _position(cohort, opened.certificate)
     if position not in stage.asked:
         raise RemoteProtocolError(f"{opened.certificate.name} was not asked for shares")
-    survivors = frozenset(stage.survivors)
-    self_seeds = survivors.intersection(cohort.shape.share_holders(position))
-    mask_keys = (stage.inputs.commitments.keys() - survivors).intersection(cohort.shape.neighbours(position))
+    sharers, alive = stage.inputs.commitments, stage.alive
+    self_seeds = [owner for owner in cohort.holders(position) if owner in alive]
+    mask_keys = [owner for owner in cohort.neighbours[position] if owner in sharers and owner not in alive]
     given = [owner for owner, _ in message.self_seed_shares], [owner for owner, _ in message.mask_key_shares]
-    if given != (sorted(self_seeds), sorted(mask_keys)):
+    if given != (self_seeds, mask_keys):
         raise MalformedMessage(f"{opened.certificate.name} did not give exactly the shares asked for")
     owners, contents = zip(*message.self_seed_shares, *message.mask_key_shares, strict=True)
     stage.answers[position] = GivenShares(owners, shamir.parse_shares(contents))
@@ -128,19 +148,19 @@ def close_advertising(agreement: Agreement, stage: AdvertisingKeys) -> tuple[Sha
     Raises:
         RoundAbandoned: Too few devices advertised.
     """
-    _require_enough(agreement, len(stage.answers), len(stage.answers), "advertised keys")
     candidates = sorted(stage.answers.values(), key=lambda candidate: candidate.member.leaf)
     members = tuple(candidate.member for candidate in candidates)
     leaves = [member.leaf for member in members]
-    shape = shape_of(agreement, leaves)
-    cohort = Cohort(shape, members, {member.device: position for position, member in enumerate(members)})
+    shape = _shape_chosen(agreement, stage.graph_rule, leaves)
+    position_of = {member.device: position for position, member in enumerate(members)}
+    cohort = Cohort(shape, members, position_of, shape.graph.all_neighbours())
     joined = b"".join(leaves)
     rosters: dict[str, Message] = {
         member.device: Roster(
             leaves=joined,
             neighbours=shape.neighbour_count,
             threshold=shape.threshold,
-            advertisements=tuple(candidates[neighbour].payload for neighbour in shape.neighbours(position)),
+            advertisements=tuple(candidates[neighbour].payload for neighbour in cohort.neighbours[position]),
         )
         for position, member in enumerate(members)
     }
@@ -154,10 +174,10 @@ def close_sharing(agreement: Agreement, stage: SharingKeys) -> tuple[CollectingI
         RoundAbandoned: Too few members shared keys.
     """
     cohort, answers = stage.cohort, stage.answers
-    _require_enough(agreement, len(answers), cohort.shape.members, "shared keys")
+    _require_enough(agreement, len(answers), cohort.shape.threshold, "shared keys")
     incoming: dict[int, dict[int, bytes]] = {position: {} for position in answers}
     for sender in sorted(answers):
-        for recipient, ciphertext in zip(cohort.shape.neighbours(sender), answers[sender].ciphertexts, strict=True):
+        for recipient, ciphertext in zip(cohort.neighbours[sender], answers[sender].ciphertexts, strict=True):
             if recipient in incoming:
                 incoming[recipient][sender] = ciphertext
     requests: dict[str, Message] = {
@@ -165,7 +185,8 @@ def close_sharing(agreement: Agreement, stage: SharingKeys) -> tuple[CollectingI
         for recipient, shares in incoming.items()
     }
     commitments = {position: answer.commitment for position, answer in answers.items()}
-    return CollectingInputs(cohort, commitments, bytearray(agreement.parameters.vector_bytes)), requests
+    total = bytearray(segments.unpacked_bytes(agreement.parameters))
+    return CollectingInputs(cohort, commitments, total), requests
 
 
 def close_inputs(
@@ -176,15 +197,16 @@ def close_inputs(
     Raises:
         RoundAbandoned: Too few vectors are in the total.
     """
-    cohort, survivors = stage.cohort, tuple(sorted(stage.added))
-    _require_enough(agreement, len(survivors), cohort.shape.members, "sent their masked input")
+    cohort, survivors, alive = stage.cohort, tuple(sorted(stage.added)), frozenset(stage.added)
+    _require_enough(agreement, len(survivors), cohort.shape.threshold, "sent their masked input")
+    _require_shares(stage, alive)
     if agreement.parameters.mode == "active":
         digest = survivors_digest(survivors, session=cohort.shape.session)
         request: Message = SurvivorsRequest(survivors=survivors)
-        checking = CheckingConsistency(stage, survivors, digest)
+        checking = CheckingConsistency(stage, survivors, alive, digest)
         return checking, {cohort.members[position].device: request for position in survivors}
     request = UnmaskingRequest(survivors=survivors, signatures=())
-    collecting = CollectingShares(stage, survivors, frozenset(survivors))
+    collecting = CollectingShares(stage, survivors, alive, alive)
     return collecting, {cohort.members[position].device: request for position in survivors}
 
 
@@ -197,7 +219,7 @@ def close_consistency(agreement: Agreement, stage: CheckingConsistency) -> tuple
     cohort, signers = stage.inputs.cohort, frozenset(stage.answers)
     requests: dict[str, Message] = {}
     for position in sorted(signers):
-        beside = sorted(signers.intersection(cohort.shape.neighbours(position)))[: cohort.shape.threshold]
+        beside = [other for other in cohort.neighbours[position] if other in signers][: cohort.shape.threshold]
         if len(beside) == cohort.shape.threshold:
             shown = tuple(stage.answers[other] for other in beside)
             requests[cohort.members[position].device] = UnmaskingRequest(survivors=stage.survivors, signatures=shown)
@@ -205,11 +227,13 @@ def close_consistency(agreement: Agreement, stage: CheckingConsistency) -> tuple
         needed = cohort.shape.threshold + 1
         raise RoundAbandoned("too_few_signatures", f"{len(signers)} survivors signed their set, {needed} are needed")
     asked = frozenset(cohort.position_of[device] for device in requests)
-    return CollectingShares(stage.inputs, stage.survivors, asked), requests
+    return CollectingShares(stage.inputs, stage.survivors, stage.alive, asked), requests
 
 
-def close_unmasking(agreement: Agreement, stage: CollectingShares) -> tuple[Unmasked, dict[str, Message]]:
-    """Rebuild the secrets that the survivor set calls for and take every mask off the total.
+def close_unmasking(
+    agreement: Agreement, stage: CollectingShares, spread: Spread = AT_ONCE
+) -> tuple[Unmasked, dict[str, Message]]:
+    """Rebuild the secrets that the survivor set calls for and take every mask off the total, spread over `spread`.
 
     Raises:
         RoundAbandoned: Too few shares, or shares that no subset makes right.
@@ -218,8 +242,10 @@ def close_unmasking(agreement: Agreement, stage: CollectingShares) -> tuple[Unma
     if len(stage.answers) < cohort.shape.threshold:
         needed = cohort.shape.threshold
         raise RoundAbandoned("too_few_shares", f"{len(stage.answers)} members gave shares, {needed} are needed")
+    _require_shares(stage.inputs, stage.answers.keys())
     secrets = _rebuild(stage)
-    _take_masks_off(agreement, stage, secrets)
+    _take_masks_off(agreement, stage, secrets, spread)
+    segments.reduce(stage.inputs.total, agreement.parameters)
     return Unmasked(stage.inputs.total), {}
 
 
@@ -230,10 +256,33 @@ def _position(cohort: Cohort, sender: Certificate) -> int:
     return position
 
 
-def _require_enough(agreement: Agreement, present: int, members: int, what: str) -> None:
-    needed = graph.survivors_needed(agreement.parameters, members)
+def _shape_chosen(agreement: Agreement, rule: GraphRule, leaves: Sequence[bytes]) -> Shape:
+    """Return the graph of this cohort, if there is one that is safe and enough have advertised for it."""
+    _require_enough(agreement, len(leaves), 0, "advertised keys")
+    try:
+        figures = rule(len(leaves))
+        shape = shape_of(agreement, leaves, figures)
+    except ConfigError as error:
+        raise RoundAbandoned("no_graph", str(error)) from error
+    _require_enough(agreement, len(leaves), figures.threshold, "advertised keys")
+    return shape
+
+
+def _require_enough(agreement: Agreement, present: int, shares: int, what: str) -> None:
+    needed = graph.survivors_needed(agreement.parameters, shares)
     if present < needed:
         raise RoundAbandoned("too_few_devices", f"{present} devices {what}, {needed} are needed")
+
+
+def _require_shares(inputs: CollectingInputs, present: Collection[int]) -> None:
+    """Give up early if some secret that the sum needs has too few holders left."""
+    cohort = inputs.cohort
+    for owner in inputs.commitments:
+        holders = cohort.holders(owner) if owner in inputs.added else cohort.neighbours[owner]
+        left = sum(holder in present for holder in holders)
+        if left < cohort.shape.threshold:
+            name, needed = cohort.members[owner].device, cohort.shape.threshold
+            raise RoundAbandoned("too_few_shares", f"{left} devices can give shares for {name}, {needed} are needed")
 
 
 def _rebuild(stage: CollectingShares) -> dict[int, bytes]:
@@ -242,7 +291,7 @@ def _rebuild(stage: CollectingShares) -> dict[int, bytes]:
     points = cohort.shape.points(tuple(stage.answers))
     answers = [(answer.owners, answer.limbs) for answer in stage.answers.values()]
     given = dict(zip(points, answers, strict=True))
-    survivors = frozenset(stage.survivors)
+    survivors = stage.alive
 
     def verify(owner: int, secret: bytes) -> None:
         if owner in survivors:
@@ -265,17 +314,38 @@ def _rebuild(stage: CollectingShares) -> dict[int, bytes]:
         raise RoundAbandoned("bad_shares", str(error)) from error
 
 
-def _take_masks_off(agreement: Agreement, stage: CollectingShares, secrets: Mapping[int, bytes]) -> None:
-    cohort, total = stage.inputs.cohort, stage.inputs.total
+def _take_masks_off(
+    agreement: Agreement, stage: CollectingShares, secrets: Mapping[int, bytes], spread: Spread
+) -> None:
+    owners = list(secrets)
+    parts = [owners[start :: spread.parts] for start in range(spread.parts)]
+    if len(parts) == 1:
+        _unmask_part(agreement, stage, secrets, owners, stage.inputs.total)
+        return
+    totals = [bytearray(len(stage.inputs.total)) for _ in parts]
+    list(spread.run(partial(_unmask_part, agreement, stage, secrets), parts, totals))
+    for total in totals:
+        segments.add_into(stage.inputs.total, total, agreement.parameters)
+
+
+def _unmask_part(
+    agreement: Agreement,
+    stage: CollectingShares,
+    secrets: Mapping[int, bytes],
+    owners: Sequence[int],
+    total: bytearray,
+) -> None:
+    """Take the masks that follow from the secrets of `owners` off `total`."""
+    cohort, alive = stage.inputs.cohort, stage.alive
     session, cipher = cohort.shape.session, agreement.parameters.cipher
-    expander, survivors = MaskExpander(agreement.parameters), frozenset(stage.survivors)
-    for owner, secret in secrets.items():
-        device = cohort.members[owner].device
-        if owner in survivors:
+    expander = MaskExpander(agreement.parameters)
+    for owner in owners:
+        device, secret = cohort.members[owner].device, secrets[owner]
+        if owner in alive:
             expander.subtract(total, keys.self_mask_key(secret, session=session, device=device, cipher=cipher))
             continue
         pair = keys.key_pair(secret)
-        for position in survivors.intersection(cohort.shape.neighbours(owner)):
+        for position in alive.intersection(cohort.neighbours[owner]):
             peer = cohort.members[position]
             lower, upper = (device, peer.device) if owner < position else (peer.device, device)
             key = keys.pairwise_mask_key(

@@ -10,7 +10,6 @@ Reference: Shamir 1979; Bonawitz et al. 2017 (eprint 2017/281), section 3.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -25,9 +24,11 @@ SHARE_BYTES = LIMBS * 2
 _PAD_BITS = LIMBS * LIMB_BITS - SECRET_BYTES * 8
 _WIRE = np.dtype("<u2")
 _EXACT_BOUND = 2**53
+_BATCH = 1024  # Secrets whose shares are widened to float64 at a time.
 
 Limbs = npt.NDArray[np.uint16]
 Matrix = npt.NDArray[np.float64]
+Points = npt.NDArray[np.int64]
 
 
 def split(
@@ -79,7 +80,30 @@ def interpolate(points: Sequence[int], shares: Limbs) -> Limbs:
         shares: Limbs of shares, shape (t, secrets, LIMBS), or (t, anything).
     """
     flat = shares.reshape(len(points), -1).astype(np.float64)
-    return np.mod(_lagrange_at_zero(tuple(points)) @ flat, PRIME).astype(np.uint16).reshape(shares.shape[1:])
+    (weights,) = _lagrange_at_zero(np.array([points], np.int64))
+    limbs: Limbs = np.mod(weights @ flat, PRIME).astype(np.uint16).reshape(shares.shape[1:])
+    return limbs
+
+
+def interpolate_each(points: Points, shares: Limbs) -> Limbs:
+    """Return the limbs at x = 0 of many secrets, each with t points of its own.
+
+    The weights of owners that share a survivor set are computed once.
+
+    Args:
+        points: Distinct evaluation points of each secret, shape (secrets, t).
+        shares: Limbs of the shares there, shape (secrets, t, LIMBS).
+
+    Returns:
+        Shape (secrets, LIMBS).
+    """
+    sets, which = np.unique(points, axis=0, return_inverse=True)
+    weights = _lagrange_at_zero(sets)[which.reshape(-1)]
+    limbs = np.empty((len(points), LIMBS), np.uint16)
+    for at in range(0, len(points), _BATCH):
+        part = slice(at, at + _BATCH)
+        limbs[part] = np.mod((weights[part, None, :] @ shares[part].astype(np.float64))[:, 0, :], PRIME)
+    return limbs
 
 
 def secret_of(limbs: Limbs) -> bytes:
@@ -94,6 +118,16 @@ def secret_of(limbs: Limbs) -> bytes:
     if number >> (SECRET_BYTES * 8):
         raise BadShare(f"one of the {_PAD_BITS} pad bits of a rebuilt secret is set: some share is wrong")
     return number.to_bytes(SECRET_BYTES, "little")
+
+
+def secrets_of(limbs: Limbs) -> list[bytes | None]:
+    """Return the secret that each row of rebuilt limbs spells, or None where `secret_of` would raise."""
+    whole = limbs.astype(_WIRE).view(np.uint8).reshape(len(limbs), LIMBS, 2)
+    bits = np.unpackbits(whole, axis=2, bitorder="little")
+    spelled = bits[:, :, :LIMB_BITS].reshape(len(limbs), LIMBS * LIMB_BITS)
+    excess = bits[:, :, LIMB_BITS:].sum(axis=(1, 2)) + spelled[:, SECRET_BYTES * 8 :].sum(axis=1)
+    rows = np.packbits(spelled[:, : SECRET_BYTES * 8], axis=1, bitorder="little")
+    return [None if bad else row.tobytes() for row, bad in zip(rows, excess.tolist(), strict=True)]
 
 
 def _limbs_of(secret: bytes) -> Limbs:
@@ -112,25 +146,37 @@ def _uniform_below_prime(count: int, entropy: Callable[[int], bytes]) -> Limbs:
     return accepted
 
 
-@lru_cache(maxsize=16)
 def _vandermonde(points: tuple[int, ...], threshold: int) -> Matrix:
     base = np.array(points, np.int64)
-    matrix = np.ones((len(points), threshold), np.int64)
-    for column in range(1, threshold):
-        matrix[:, column] = matrix[:, column - 1] * base % PRIME
-    return matrix.astype(np.float64)
+    matrix = np.ones((threshold, len(points)), np.int64)
+    for power in range(1, threshold):
+        matrix[power] = matrix[power - 1] * base % PRIME
+    return matrix.T.astype(np.float64)
 
 
-@lru_cache(maxsize=16)
-def _lagrange_at_zero(points: tuple[int, ...]) -> Matrix:
-    """Return the weights w with f(0) = sum of w_j f(x_j) for every polynomial f of degree below the points' number."""
-    if len(set(points)) != len(points) or not all(0 < x < PRIME for x in points):
+def _lagrange_at_zero(points: Points) -> Matrix:
+    """Return, row by row, the weights w with f(0) = sum of w_j f(x_j) for every f of degree below the row's length.
+
+    w_j is the product of x_m / (x_m - x_j) over all m but j: that of all x, over x_j times the product of differences.
+    """
+    rising = np.sort(points, axis=1)
+    if (np.diff(rising, axis=1) == 0).any() or rising.min() < 1 or rising.max() >= PRIME:
         raise LocalProtocolError("evaluation points must be distinct and from 1 to p - 1")
-    x = np.array(points, np.int64)
-    numerator, denominator = np.ones_like(x), np.ones_like(x)
-    for index, point in enumerate(points):
-        others = np.arange(x.size) != index
-        numerator[others] = numerator[others] * point % PRIME
-        denominator[others] = denominator[others] * (point - x[others]) % PRIME
-    inverse = np.array([pow(int(value), -1, PRIME) for value in denominator], np.int64)
-    return (numerator * inverse % PRIME).astype(np.float64)
+    whole, divisor = np.ones((len(points), 1), np.int64), points.copy()
+    for column in range(points.shape[1]):
+        x = points[:, column : column + 1]
+        differences = x - points
+        differences[:, column] = 1
+        divisor = divisor * differences % PRIME
+        whole = whole * x % PRIME
+    return (whole * _inverse(divisor) % PRIME).astype(np.float64)
+
+
+def _inverse(values: Points) -> Points:
+    """Return the inverses modulo p: by Fermat, the power p - 2."""
+    result, power = np.ones_like(values), values
+    for bit in reversed(bin(PRIME - 2)[2:]):
+        if bit == "1":
+            result = result * power % PRIME
+        power = power * power % PRIME
+    return result

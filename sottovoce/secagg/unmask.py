@@ -10,12 +10,13 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 
 import numpy as np
 
 from sottovoce.errors import BadShare
 from sottovoce.secagg import shamir
-from sottovoce.secagg.shamir import Limbs
+from sottovoce.secagg.shamir import Limbs, Points
 from sottovoce.secagg.transcript import subset_seed
 
 MAX_SUBSETS = 256
@@ -30,7 +31,7 @@ def rebuild_secrets(
     verify: Callable[[int, bytes], None],
     session: bytes,
 ) -> dict[int, bytes]:
-    """Return every owner's secret, all owners whose shares lie at the same points with one matrix product.
+    """Return every owner's secret, the first t shares of all owners with one batch of matrix products.
 
     Args:
         given: Evaluation point -> (owners, limbs): limbs[i] is the share there of owners[i].
@@ -42,17 +43,46 @@ def rebuild_secrets(
     Raises:
         BadShare: Some secret cannot be rebuilt from any subset tried.
     """
-    row_of = {point: {owner: row for row, owner in enumerate(held)} for point, (held, _) in sorted(given.items())}
-    groups: defaultdict[tuple[int, ...], list[int]] = defaultdict(list)
-    for owner in owners:
-        groups[tuple(point for point, rows in row_of.items() if owner in rows)].append(owner)
+    sets = _share_sets(given, owners)
     secrets: dict[int, bytes] = {}
-    for points, members in groups.items():
-        if len(points) < threshold:
-            raise BadShare(f"{len(points)} shares of one secret where {threshold} are needed")
-        limbs = np.stack([given[point][1][[row_of[point][owner] for owner in members]] for point in points])
+    spoilt: defaultdict[tuple[int, ...], list[int]] = defaultdict(list)
+    fewest = min((len(rows) for _, rows in sets.values()), default=threshold)
+    if fewest < threshold:
+        raise BadShare(f"{fewest} shares of one secret where {threshold} are needed")
+    firsts = _first_subsets(sets, threshold) if sets else []
+    for owner, secret in zip(sets, firsts, strict=True):
+        try:
+            if secret is None:
+                raise BadShare("a rebuilt limb or pad bit is out of range")
+            verify(owner, secret)
+            secrets[owner] = secret
+        except BadShare:
+            spoilt[tuple(sets[owner][0].tolist())].append(owner)
+    for points, members in spoilt.items():
+        limbs = np.stack([sets[owner][1] for owner in members], axis=1)
         secrets |= _rebuild_group(points, members, limbs, threshold, verify, session)
     return secrets
+
+
+def _share_sets(
+    given: Mapping[int, tuple[Sequence[int], Limbs]], owners: Sequence[int]
+) -> dict[int, tuple[Points, Limbs]]:
+    """Return for every owner its points, rising, and the shares there, by one sort of all shares of all members."""
+    held = [np.asarray(list(row), np.int64) for row, _ in given.values()]
+    point_of = np.repeat(np.fromiter(given, np.int64, len(given)), [len(row) for row in held])
+    owner_of, limbs = np.concatenate(held), np.concatenate([limbs for _, limbs in given.values()])
+    order = np.lexsort((point_of, owner_of))
+    point_of, owner_of, limbs = point_of[order], owner_of[order], limbs[order]
+    starts, stops = (np.searchsorted(owner_of, np.asarray(owners, np.int64), side) for side in ("left", "right"))
+    cuts = zip(owners, starts.tolist(), stops.tolist(), strict=True)
+    return {owner: (point_of[start:stop], limbs[start:stop]) for owner, start, stop in cuts}
+
+
+def _first_subsets(sets: Mapping[int, tuple[Points, Limbs]], threshold: int) -> list[bytes | None]:
+    """Return what the first t shares of every owner spell, all of them at once."""
+    points = np.stack([points[:threshold] for points, _ in sets.values()])
+    limbs = np.stack([limbs[:threshold] for _, limbs in sets.values()])
+    return shamir.secrets_of(shamir.interpolate_each(points, limbs))
 
 
 def _rebuild_group(
@@ -63,10 +93,10 @@ def _rebuild_group(
     verify: Callable[[int, bytes], None],
     session: bytes,
 ) -> dict[int, bytes]:
-    """Rebuild the secrets of `owners`; shares[i][j] is the share at points[i] of owners[j]."""
+    """Rebuild the secrets of `owners`, whose first subset is spoilt; shares[i][j] is at points[i], of owners[j]."""
     found: dict[int, bytes] = {}
     pending = list(range(len(owners)))
-    for chosen in _subsets(len(points), threshold, session):
+    for chosen in islice(_subsets(len(points), threshold, session), 1, None):
         limbs = shamir.interpolate([points[i] for i in chosen], shares[np.ix_(chosen, pending)])
         for column, index in enumerate(tuple(pending)):
             try:

@@ -12,7 +12,7 @@ from collections import OrderedDict
 import msgspec
 
 from sottovoce.errors import BadBlob, LocalProtocolError, MalformedMessage
-from sottovoce.plan import BlobRef, digest_of
+from sottovoce.plan import MAX_CHUNK_BYTES, BlobRef, digest_of
 from sottovoce.wire.codec import MAX_MESSAGE_BYTES
 
 MAX_ASSEMBLY_BYTES = 64 * 1024 * 1024
@@ -58,6 +58,7 @@ class _Fragment(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fie
 _VECTOR_CHUNK = msgspec.msgpack.Decoder(VectorChunk)
 _FRAGMENT = msgspec.msgpack.Decoder(_Fragment)
 _FRAGMENT_OVERHEAD = 64
+_MAX_CHUNK_MESSAGE_BYTES = MAX_CHUNK_BYTES + 1024
 _FRAGMENT_PREFIX = msgspec.msgpack.encode(_Fragment(b"", 0, 0, 0, b""))[:3]
 _UNDECODABLE = (msgspec.ValidationError, msgspec.DecodeError, UnicodeDecodeError)
 
@@ -71,8 +72,10 @@ def decode_vector_chunk(payload: bytes) -> VectorChunk:
     """Return the vector chunk in `payload`.
 
     Raises:
-        MalformedMessage: It is not one.
+        MalformedMessage: It is not one, or it is longer than any chunk may be.
     """
+    if len(payload) > _MAX_CHUNK_MESSAGE_BYTES:
+        raise MalformedMessage(f"{len(payload)} bytes are more than a chunk may have")
     try:
         return _VECTOR_CHUNK.decode(payload)
     except _UNDECODABLE as error:
@@ -118,6 +121,11 @@ class Assembly:
     def complete(self) -> bool:
         """True when no chunk is missing."""
         return not self._missing
+
+    @property
+    def missing_count(self) -> int:
+        """How many chunks are missing."""
+        return len(self._missing)
 
     def missing(self) -> list[int]:
         """Indices not yet received, in order."""
@@ -202,6 +210,8 @@ class Reassembler:
         """
         if not payload.startswith(_FRAGMENT_PREFIX):
             return payload
+        if len(payload) > self._max_bytes + _FRAGMENT_OVERHEAD:
+            raise MalformedMessage(f"a fragment of {len(payload)} bytes, where a whole may have {self._max_bytes}")
         try:
             part = _FRAGMENT.decode(payload)
         except _UNDECODABLE as error:

@@ -6,6 +6,7 @@ envelope (`sottovoce.wire.codec`) and is part of what is signed. Times are Unix 
 
 from __future__ import annotations
 
+import re
 from typing import Literal, TypeAlias
 
 import msgspec
@@ -14,6 +15,8 @@ from sottovoce.plan import BlobRef, Document
 
 Mode: TypeAlias = Literal["active", "curious"]
 Cipher: TypeAlias = Literal["aes-128-ctr", "chacha20"]
+REASON_CODE = re.compile(r"[a-z0-9_]{1,64}")
+"""What a `code` or `reason` looks like; whoever writes one of the other side into a log or a file checks it first."""
 
 
 class Message(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -223,8 +226,9 @@ class SecAggParameters(Document, frozen=True):
         maximum_clients: Upper bound on the cohort; lanes are sized by it.
         corrupt_share_bp: gamma, assumed share of corrupt clients, in basis points.
         dropout_share_bp: delta, assumed share of dropouts, in basis points.
-        vector_bytes: Length of the masked vector.
-        wide_bytes: Bytes at the end of the vector that are uint64 words; all before them are uint32 words.
+        vector_bytes: Length of the masked vector on the wire.
+        wide_bytes: Bytes at the end of the vector that are uint64 words; all before them are uint32 words, but for:
+        packed: Width in bits and number of entries of each packed segment, at the start of the vector.
     """
 
     mode: Mode
@@ -235,6 +239,7 @@ class SecAggParameters(Document, frozen=True):
     dropout_share_bp: int
     vector_bytes: int
     wide_bytes: int
+    packed: tuple[tuple[int, int], ...] = ()
 
 
 class AdvertiseKeysRequest(Message, frozen=True):

@@ -63,6 +63,20 @@ def test_an_envelope_in_fragments_is_put_together(choir: Any, admission: Admissi
     assert last.message == big
 
 
+def test_strangers_that_begin_and_never_finish_crowd_out_no_device(choir: Any, admission: Admission) -> None:
+    admission.open(_up(), _sealed(choir, _check_in(choir)), at=AT)
+    big = CheckIn(choir.devices["pi-00"].certificate.der, bytes(200_000), fast_aes=True)
+    *parts, last = fragments(_sealed(choir, big), chunk_bytes=65_536)
+    for part in parts:
+        assert admission.open(_up(), part, at=AT) is None
+    begun = fragments(bytes(10_000), chunk_bytes=2048)[0]
+    for number in range(200):
+        assert admission.open(_up(f"stranger-{number}"), begun, at=AT) is None
+    assert isinstance(admission.open(_up(), last, at=AT), Opened)
+    with pytest.raises(RemoteProtocolError, match="where a whole may have"):
+        admission.open(_up("stranger"), parts[0], at=AT)
+
+
 def _tampered(payload: bytes) -> bytes:
     return payload[:-1] + bytes([payload[-1] ^ 1])
 

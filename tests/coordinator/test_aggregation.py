@@ -53,6 +53,14 @@ def test_a_vector_comes_out_whole_in_any_order_of_chunks_and_its_slot_is_free() 
     assert slots.grant(3, offline=_nobody) == ["b"]
 
 
+def test_a_chunk_sent_again_and_again_does_not_hold_a_slot() -> None:
+    slots = _slots("a", "b", limit=1)
+    slots.grant(0, offline=_nobody)
+    for now_ms in range(0, 1000, 100):
+        slots.add_chunk("a", 0, CHUNKS[0], now_ms)
+    assert slots.reclaim(1000, offline=_nobody) == ["a"]
+
+
 def test_a_chunk_that_does_not_match_is_refused_and_the_right_one_still_fits() -> None:
     slots = _slots("a")
     slots.grant(0, offline=_nobody)

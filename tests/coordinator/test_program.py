@@ -168,6 +168,17 @@ def test_a_lane_too_narrow_for_the_cohort_is_widened_for_sums_and_refused_for_up
     assert program.plan.aggregations[0].lane == "uint32", "200 * 2^24 < 2^32"
 
 
+def test_the_task_names_the_lane_of_the_update_and_hears_if_it_is_too_narrow(task_folder: Path) -> None:
+    line = "half_range = 1.0"
+    for lane, bits in (("uint16", 13), ("3x21", 18), ("dense", 24), ("uint32", 24)):
+        program = _program(task_folder, change=(line, f'{line}\nlane = "{lane}"\nbits = {bits}'))
+        assert [a.lane for a in program.plan.aggregations] == [lane, "uint32"]
+    with pytest.raises(
+        ConfigError, match=r"aggregation 'delta'.* 5 devices.* 16-bit lane; use fewer bits \(at most 13"
+    ):
+        _program(task_folder, change=(line, f'{line}\nlane = "uint16"\nbits = 14'))
+
+
 def test_what_is_no_bundle_is_refused(task_folder: Path) -> None:
     (task_folder / "tiny.svp").write_bytes(b"not a bundle")
     with pytest.raises(BadBundle):

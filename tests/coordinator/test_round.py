@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from coordinator.phases import (
     Abandoned,
@@ -17,6 +18,7 @@ from coordinator.phases import (
     Committed,
     Configuration,
     DevicesDropped,
+    DeviceWithdrew,
     RendezvousOpened,
     Reporting,
     Selection,
@@ -24,7 +26,8 @@ from coordinator.phases import (
     StageOpened,
 )
 from coordinator.round import ADVANCES, STEPS
-from sottovoce.errors import ConflictingMessage, Replayed, UnexpectedMessage
+from sottovoce.errors import ConflictingMessage, MalformedMessage, Replayed, UnexpectedMessage
+from sottovoce.plan import LaneName, Quantised
 from sottovoce.wire.chunks import VectorChunk
 from sottovoce.wire.messages import (
     DEVICE_MESSAGES,
@@ -77,6 +80,20 @@ def test_a_round_ends_with_the_weighted_mean_of_everybody(bench: MakeBench) -> N
     assert kinds == [CohortSelected, RendezvousOpened, *[StageOpened] * 5, Committed]
     stages = [effect.stage for effect in b.effects if isinstance(effect, StageOpened)]
     assert stages == ["advertise_keys", "share_keys", "masked_input", "consistency_check", "unmasking"]
+
+
+@pytest.mark.parametrize(("lane", "bits"), [("uint16", 13), ("3x21", 18), ("dense", 16)])
+def test_a_round_has_the_same_end_in_every_lane(bench: MakeBench, lane: LaneName, bits: int) -> None:
+    plan = bench(6).plan
+    delta, correct = plan.aggregations
+    delta = replace(delta, lane=lane, encoding=Quantised(half_range=1.0, bits=bits))
+    b = bench(6, plan=replace(plan, aggregations=(delta, correct)))
+    b.check_in()
+    assert b.committed.survivors == frozenset(b.devices)
+    mean = b.committed.aggregate.mean("delta")[0]
+    weight = sum(min(device.weight, 10) for device in b.devices.values())
+    np.testing.assert_allclose(mean, _expected_mean(b, sorted(b.devices)), atol=2 / (2**bits - 1) * 6 * 10 / weight)
+    assert b.committed.aggregate.sums["correct"][0][0] == 1 + 2 + 3 + 4 + 5 + 6
 
 
 def test_curious_mode_has_no_consistency_check(bench: MakeBench) -> None:
@@ -243,6 +260,40 @@ def test_who_withdraws_may_check_in_again_while_selection_lasts(bench: MakeBench
     b.say("pi-00", Withdraw(code="policy"))
     b.check_in(["pi-00"])
     assert set(b.round.phase.checked_in) == {"pi-00", "pi-01", "pi-02"}
+
+
+def test_nobody_fills_the_events_by_checking_in_and_withdrawing(bench: MakeBench) -> None:
+    b = _quiet(bench(5))
+    for _ in range(50):
+        b.check_in(["pi-00"])
+        b.say("pi-00", Withdraw(code="policy"))
+    assert len([effect for effect in b.effects if isinstance(effect, DeviceWithdrew)]) == 4
+    assert b.refused == ["conflicting"] * 46
+    assert b.round.phase.withdrawn == {"pi-00"}
+
+
+@pytest.mark.parametrize("code", ["", "x" * 65, "two words", "policy\nERROR a line that nobody wrote", "Ü"])
+def test_a_withdrawal_gives_a_short_code_or_is_refused(bench: MakeBench, code: str) -> None:
+    b = _quiet(bench(4))
+    b.check_in(["pi-00"])
+    with pytest.raises(MalformedMessage):
+        b.round.receive(b.opened("pi-00", Withdraw(code=code)), b.now_ms)
+    assert set(b.round.phase.checked_in) == {"pi-00"}
+
+
+def test_a_message_repeated_at_once_gets_its_large_answer_once(bench: MakeBench) -> None:
+    b = bench(5)
+    for device in b.devices.values():
+        device.silent_at = Roster
+    b.check_in()
+    (advertisement,) = [said for said, _ in b.devices["pi-00"].said if isinstance(said, AdvertiseKeys)]
+    rosters = b.sent(Roster).count("pi-00")
+    for _ in range(100):
+        b.say("pi-00", advertisement)
+    assert b.sent(Roster).count("pi-00") == rosters + 1
+    b.now_ms += 1000
+    b.say("pi-00", advertisement)
+    assert b.sent(Roster).count("pi-00") == rosters + 2
 
 
 @pytest.mark.parametrize("where", [{"round": 3}, {"attempt": 0}, {"round": 5}, {"session": b"x" * 32}])

@@ -23,6 +23,7 @@ from coordinator.sequence import Setup
 from coordinator.service import Service
 from coordinator.settings import UploadSettings
 from coordinator.task import read_task
+from sottovoce.errors import LowOrderPoint
 from sottovoce.identity import SignedContext
 from sottovoce.plan import Plan, decode_plan, digest_of
 from sottovoce.tensors import decode_tensors
@@ -457,12 +458,18 @@ def test_hostile_messages_are_counted_and_the_round_goes_on(stage: Stage, choir:
     assert stage.journal.rounds()[0].dropped == {"training": ["pi-04"]}
 
 
-def test_a_bug_costs_the_round_and_not_the_coordinator(stage: Stage, caplog: pytest.LogCaptureFixture) -> None:
-    broken = [True]
+@pytest.mark.parametrize(
+    ("bug", "times"),
+    [(ZeroDivisionError, 1), (LowOrderPoint, 2)],  # What looks like a bad message is first blamed on one.
+)
+def test_a_bug_costs_the_round_and_not_the_coordinator(
+    stage: Stage, caplog: pytest.LogCaptureFixture, bug: type[Exception], times: int
+) -> None:
+    broken = [True] * times
 
     def entropy(count: int) -> bytes:
         if broken.pop() if broken else False:
-            raise ZeroDivisionError("a bug")
+            raise bug("a bug")
         return bytes(count)
 
     stage.submit("tiny")
@@ -470,7 +477,7 @@ def test_a_bug_costs_the_round_and_not_the_coordinator(stage: Stage, caplog: pyt
     stage.run(60, until=stage.done)
     assert stage.journal is not None
     assert [row.reason for row in stage.journal.rounds()] == ["internal_error", "", ""]
-    assert "ZeroDivisionError" in caplog.text
+    assert bug.__name__ in caplog.text
 
 
 def test_logging_is_bounded_however_many_messages_are_refused(stage: Stage, caplog: pytest.LogCaptureFixture) -> None:

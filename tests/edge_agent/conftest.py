@@ -105,6 +105,7 @@ class Coordinator:
     chunks_taken: int = 0
     selected: set[str] = field(default_factory=set)
     at: datetime.datetime = AT
+    announced: bytes = bytes(32)
 
     @property
     def name(self) -> str:
@@ -138,7 +139,7 @@ class Coordinator:
         now = self.clock()
         return Announcement(
             certificate=self.identity.certificate.der,
-            previous=bytes(32),
+            previous=self.announced,
             plan=self.ref(canonical(self.plan)),
             state=self.ref(self.state_bytes),
             now_ms=now,
@@ -197,6 +198,7 @@ class Coordinator:
             "dropout_share_bp": 500,
             "vector_bytes": layout.vector_bytes,
             "wide_bytes": layout.wide_bytes,
+            "packed": layout.packed,
         }
         return SecAggParameters(**{**chosen, **changes})
 

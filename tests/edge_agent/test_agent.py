@@ -434,6 +434,22 @@ def test_a_corrupt_blob_is_awaited_until_a_good_one_comes(world: Any) -> None:
     assert world.state_of("pi-0") == "Waiting"
 
 
+def test_a_topic_below_a_blob_that_is_none_costs_nobody_the_round(world: Any) -> None:
+    world.fleet(1)
+    coordinator = world.coordinator
+    coordinator.announce(blobs=False)
+    coordinator.publish_blob(canonical(coordinator.plan))
+    world.settle()
+    coordinator.select(["pi-0"])
+    world.settle()
+    below = coordinator.topics.blob_filter(coordinator.plan.program.digest).removesuffix("+")
+    coordinator.transport.publish(below + "x", b"junk")
+    world.settle()
+    assert world.state_of("pi-0") == "Fetching"
+    assert world.agents["pi-0"].refused == {"malformed": 1}
+    assert coordinator.said("pi-0", Withdraw) == []
+
+
 def test_chunks_that_stop_coming_are_asked_for_again(world: Any) -> None:
     world.fleet(1)
     world.coordinator.announce(blobs=False)

@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Callable
 from typing import Any, get_args
 
+import msgspec
 import pytest
 
 from edge_agent.effects import (
@@ -18,7 +19,9 @@ from edge_agent.effects import (
     Event,
     FetchPlan,
     ForgetPending,
+    KeepEvidence,
     LocalFacts,
+    Log,
     PlanFetched,
     Remember,
     Send,
@@ -52,6 +55,7 @@ from edge_agent.steps import STEPS
 from sottovoce.errors import (
     BadExamples,
     ConfigError,
+    Equivocation,
     PolicyRefusal,
     RemoteProtocolError,
     Replayed,
@@ -317,6 +321,97 @@ def test_a_replayed_announcement_does_not_end_the_current_round(machine: Machine
     announce(machine, payload=b"older", round=2)
     assert sent(plan_arrives(machine)) == []
     assert machine.participation.state is before
+
+
+def test_an_announcement_older_than_the_newest_heard_is_a_replay(machine: Machine) -> None:
+    announce(machine)
+    with pytest.raises(Replayed):
+        announce(machine, payload=b"older", round=2)
+    with pytest.raises(Replayed):
+        announce(machine, payload=b"older attempt", attempt=0)
+    assert any(isinstance(effect, CheckIn) for effect in sent(plan_arrives(machine))), "the newest is still decided on"
+    assert announce(machine) == []
+
+
+def test_a_coordinator_that_lost_its_journal_is_heard_again(machine: Machine) -> None:
+    announce(machine)
+    again = machine.receive(machine.announcement(now_ms=NOW + 1), payload=b"from the start", round=1, attempt=0)
+    assert any(isinstance(effect, FetchPlan) for effect in again)
+
+
+def warnings(effects: list[Any]) -> list[str]:
+    return [effect.text for effect in effects if isinstance(effect, Log) and effect.warning]
+
+
+def follow(machine: Machine, previous: bytes, *, payload: bytes = b"f", **position: int) -> list[str]:
+    """Announce what says that `previous` came before it; return the warnings."""
+    message = msgspec.structs.replace(machine.announcement(now_ms=NOW + 1), previous=previous)
+    return warnings(machine.receive(message, payload=payload, **position))
+
+
+@pytest.mark.parametrize(
+    ("position", "committed", "forks"),
+    [
+        ({"round": 3, "attempt": 2}, False, True),
+        ({"round": 4, "attempt": 0}, True, True),
+        ({"round": 4, "attempt": 0}, False, False),  # Attempts that this device has not heard of may lie between.
+        ({"round": 9, "attempt": 0}, True, False),
+    ],
+)
+def test_a_fork_in_the_chain_of_announcements_is_told_to_the_owner(
+    machine: Machine, position: dict[str, int], committed: bool, forks: bool
+) -> None:
+    announce(machine)
+    machine.receive(Outcome(b"", digest_of(b"e"), committed, "", (), machine.state_ref, NOW))
+    assert bool(follow(machine, b"x" * 32, **position)) is forks
+
+
+def test_a_chain_that_holds_is_no_fork_and_two_announcements_of_one_round_are(machine: Machine) -> None:
+    announce(machine)
+    assert follow(machine, digest_of(b"e"), round=3, attempt=2) == []
+    (warning,) = follow(machine, digest_of(b"e"), payload=b"another", round=3, attempt=2)
+    assert "a fork" in warning
+    assert "round 3, attempt 2" in warning
+
+
+def test_a_session_must_keep_what_the_plan_has_promised(machine: Machine) -> None:
+    terms = msgspec.structs.replace(machine.plan.privacy, minimum_cohort=8)
+    machine.plan = msgspec.structs.replace(machine.plan, privacy=terms)
+    machine.put(Waiting)
+    assert sent(machine.receive(AdvertiseKeysRequest(machine.parameters))) == [Withdraw("policy")]
+    machine.put(Waiting)
+    enough = msgspec.structs.replace(machine.parameters, minimum_survivors=8)
+    machine.receive(AdvertiseKeysRequest(enough))
+    assert isinstance(machine.participation.state, Opening)
+
+
+def test_two_survivor_sets_end_the_session_and_the_proof_is_kept(machine: Machine) -> None:
+    state = machine.put(Uploaded)
+    assert isinstance(state, Uploaded)
+
+    def lie(message: Message) -> Message:
+        raise Equivocation("two sets", (b"a signed envelope",))
+
+    state.session.receive = lie  # type: ignore[method-assign]  # the fake session of this file
+    effects = machine.receive(machine.message(UnmaskingRequest))
+    assert KeepEvidence((b"a signed envelope",)) in effects
+    assert sent(effects) == [Withdraw("equivocation")]
+    assert state.session.aborted  # type: ignore[attr-defined]
+
+
+def test_who_has_left_a_session_says_nothing_more_in_it(machine: Machine) -> None:
+    machine.put(Uploading)
+    participation = machine.participation
+    participation._due = participation._schedule(machine.open_round(session=SESSION).send(Ready(True)), 5_000, NOW)
+    participation.fail(ConfigError("the disk is full"), NOW)
+    assert isinstance(participation.state, AwaitingOutcome)
+    assert participation.connected(NOW) == []
+
+
+def test_a_reason_that_is_no_code_does_not_reach_the_log(machine: Machine) -> None:
+    machine.put(Working)
+    effects = machine.receive(RoundOver("late\n2026-11-22 a line that nobody wrote"))
+    assert not [effect for effect in effects if isinstance(effect, Log) and "nobody wrote" in effect.text]
 
 
 def test_a_newer_announcement_ends_the_current_round(machine: Machine) -> None:

@@ -7,9 +7,13 @@ import re
 from pathlib import Path
 from typing import Any
 
+import msgspec
+import numpy as np
 import pytest
 
 from edge_agent.agent import Clock
+from edge_agent.effects import Contribution
+from edge_agent.evidence import MOST_FILES, keep_evidence
 from edge_agent.latest import keep_latest, read_latest
 from edge_agent.library import Library
 from edge_agent.steps import STEPS
@@ -56,6 +60,20 @@ def test_a_damaged_state_is_not_used(tmp_path: Path) -> None:
     (path,) = tmp_path.iterdir()
     path.write_bytes(path.read_bytes().replace(b"state", b"STATE"))
     assert read_latest(tmp_path, PROGRAM) is None
+
+
+def test_evidence_is_kept_once_for_its_owner_only_and_not_without_end(tmp_path: Path) -> None:
+    folder = tmp_path / "evidence"
+    paths = keep_evidence(folder, (b"one", b"two"))
+    assert [path.read_bytes() for path in paths] == [b"one", b"two"]
+    assert {path.stat().st_mode & 0o777 for path in paths} == {0o600}
+    assert keep_evidence(folder, (b"two",)) == paths[1:]
+    keep_evidence(folder, [b"%d" % number for number in range(2 * MOST_FILES)])
+    assert len(list(folder.iterdir())) == MOST_FILES
+
+
+def test_what_a_device_computed_is_in_no_text_of_its_objects() -> None:
+    assert "12.5" not in repr(Contribution({"delta": [np.array([12.5])]}, 3))
 
 
 # --- the library ------------------------------------------------------------------------------------------------------
@@ -176,6 +194,34 @@ def outcome_of(world: Any, *, now_ms: int | None = None) -> Outcome:
         state=coordinator.ref(b"state"),
         now_ms=coordinator.clock() if now_ms is None else now_ms,
     )
+
+
+def test_a_selection_cannot_push_the_time_beyond_the_end_of_its_certificate(
+    motionless_world: Any, verifier: Verifier
+) -> None:
+    coordinator, at = motionless_world.coordinator, motionless_world.at
+    published = coordinator.seal(outcome_of(motionless_world), "all")
+    verifier.open(coordinator.topics.outcome(), published, at=at)
+    down = coordinator.topics.down("pi-0")
+    hundred_years_ms = 100 * 365 * 86_400_000
+    late = coordinator.seal(Selected(route="r7", now_ms=coordinator.clock() + hundred_years_ms), "pi-0")
+    with pytest.raises(BadCertificate, match="valid"):
+        verifier.open(down, late, at=at)
+    for impossible_ms in (2**63, -(2**63)):
+        with pytest.raises(MalformedMessage, match="is not a time"):
+            verifier.open(down, coordinator.seal(Selected(route="r7", now_ms=impossible_ms), "pi-0"), at=at)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"rendezvous_closes_ms": 2**64 - 1}, {"selection_closes_ms": 1}, {"rendezvous_ms": 2**62}],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_appointments_must_be_times_in_order(motionless_world: Any, verifier: Verifier, changes: Any) -> None:
+    coordinator = motionless_world.coordinator
+    wrong = msgspec.structs.replace(coordinator.announcement_message(), **changes)
+    with pytest.raises(MalformedMessage):
+        verifier.open(coordinator.topics.round(), coordinator.seal(wrong, "all"), at=motionless_world.at)
 
 
 def test_a_large_message_comes_in_fragments(motionless_world: Any, verifier: Verifier) -> None:

@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 
 from sottovoce.identity import Identity, SignedContext, TrustAnchor, new_key, subject
 from sottovoce.secagg.client import ClientSession, ClientTerms
+from sottovoce.secagg.graph import GraphRule
 from sottovoce.secagg.server import STAGE_NAMES, Reply, ServerSession
 from sottovoce.wire.codec import Opened, open_envelope, parse, seal
 from sottovoce.wire.messages import Message, SecAggParameters, Unmasking
@@ -179,11 +180,21 @@ class Fleet:
         }
         return ClientSession(**(settings | changes))
 
-    def server(self, devices: Sequence[str], parameters: SecAggParameters) -> ServerSession:
+    def server(
+        self, devices: Sequence[str], parameters: SecAggParameters, graph_rule: GraphRule | None = None
+    ) -> ServerSession:
         context = SignedContext(COORDINATOR, "all", FLEET, ROUND, ATTEMPT)
-        return ServerSession(context=context, plan=PLAN, state=STATE, parameters=parameters, expected=devices)
+        settings: dict[str, Any] = {"context": context, "plan": PLAN, "state": STATE, "parameters": parameters}
+        return ServerSession(**settings, expected=devices, graph_rule=graph_rule)
 
-    def rehearse(self, count: int, *, seed: int = 0, parameters: SecAggParameters | None = None) -> Rehearsal:
+    def rehearse(
+        self,
+        count: int,
+        *,
+        seed: int = 0,
+        parameters: SecAggParameters | None = None,
+        graph_rule: GraphRule | None = None,
+    ) -> Rehearsal:
         """A session of `count` devices with random vectors, lanes wrapping around on purpose."""
         chosen = parameters or self.parameters()
         devices = sorted(self.identities)[:count]
@@ -192,7 +203,7 @@ class Fleet:
             d: self.client(d, bytearray(vectors[d]), parameters=chosen, entropy=FixedEntropy(seed * 1000 + i))
             for i, d in enumerate(devices)
         }
-        return Rehearsal(self, self.server(devices, chosen), clients, vectors)
+        return Rehearsal(self, self.server(devices, chosen, graph_rule), clients, vectors)
 
 
 def make_fleet() -> Fleet:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from sottovoce.plan import Aggregation, Counted, LocalWork, Plan, PrivacyTerms, Quantised, blob_ref
 from sottovoce.secagg.lanes import encode, layout_of
 from sottovoce.secagg.masks import MaskExpander
+from sottovoce.secagg.segments import add_packed_into, pack, reduce, unpacked_bytes
 from sottovoce.secagg.server_stages import CollectingInputs
 
 # Narrow parts that end before, at and after the expander's block of 128 KiB, and none at all.
@@ -43,6 +45,50 @@ def test_a_mask_is_one_stream_over_the_whole_vector_added_word_by_word(
     expander.subtract(vector, keys[0])
     expander.add(vector, keys[1])
     assert bytes(vector) == plain
+
+
+@pytest.mark.parametrize(("width", "word"), [(9, "<u2"), (16, "<u2"), (17, "<u4"), (26, "<u4"), (32, "<u4")])
+def test_a_packed_entry_is_masked_modulo_two_to_its_width(
+    fleet: Any, fixed_entropy: Any, width: int, word: str
+) -> None:
+    """The stream runs over the vector as it lies in memory; on the wire the mask is its words modulo 2^width."""
+    count, entropy = 3 * 2**16 + 64, fixed_entropy(width)
+    sizes = {"vector_bytes": count * width // 8 + 8 + 16, "wide_bytes": 16, "packed": ((width, count),)}
+    parameters = fleet.parameters(**sizes)
+    entry_bytes = np.dtype(word).itemsize
+    plain = np.frombuffer(entropy(count * entry_bytes), word) & np.uint32(2**width - 1)
+    vector = bytearray(plain.astype(word).tobytes() + bytes(24))
+    key = entropy(16)
+    MaskExpander(parameters).subtract(vector, key)
+    pack(vector, parameters)
+    received = bytearray(count * entry_bytes + 24)
+    add_packed_into(received, vector, parameters)
+    mask = stream("aes-128-ctr", key, len(received))
+    words = np.frombuffer(mask, word, count).astype(object)
+    assert (np.frombuffer(received, word, count) == (plain.astype(object) - words) % 2**width).all()
+    MaskExpander(parameters).add(received, key)
+    reduce(received, parameters)
+    assert (np.frombuffer(received, word, count) == plain).all()
+    assert received[-24:] == bytes(24)
+
+
+@pytest.mark.parametrize("packed", [(), ((16, 2**20),), ((26, 2**20),)])
+def test_no_temporary_is_as_long_as_the_vector(fleet: Any, packed: Any) -> None:
+    """Masking, packing and adding a vector of millions of bytes need less than its own size beside it."""
+    wire_bytes = 2**22 if not packed else packed[0][0] * 2**17
+    parameters = fleet.parameters(vector_bytes=wire_bytes + 16, wide_bytes=16, packed=packed)
+    vector, total = bytearray(unpacked_bytes(parameters)), bytearray(unpacked_bytes(parameters))
+    expander = MaskExpander(parameters)
+    for step, limit in (
+        (lambda: expander.add(vector, bytes(16)), 2**14),
+        (lambda: pack(vector, parameters), 3 * 2**20),
+        (lambda: add_packed_into(total, vector, parameters), 3 * 2**20 if packed and packed[0][0] != 16 else 2**14),
+    ):
+        tracemalloc.start()
+        step()
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < limit
 
 
 def test_the_last_stream_can_be_erased(fleet: Any) -> None:

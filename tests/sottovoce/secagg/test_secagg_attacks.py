@@ -206,13 +206,28 @@ def test_an_earlier_advertisement_of_this_device_beside_its_new_one_is_refused(f
     assert_refused(rehearsal.clients[device], roster, RemoteProtocolError, "this device is in the roster twice")
 
 
-def test_a_cohort_beyond_the_complete_graph_is_refused(fleet: Any) -> None:
+@pytest.mark.parametrize(
+    ("neighbours", "threshold", "match"),
+    [
+        (200, 106, "the rules give 200 and 107"),
+        (20, 18, "do not protect"),
+        (50, 30, "do not protect"),
+        (51, 45, "a ring of 201"),
+        (50, 51, "a ring of 201"),
+        (50, 1, "a ring of 201"),
+        (202, 150, "a ring of 201"),
+        (-2, -2, "a ring of 201"),
+    ],
+)
+def test_figures_that_do_not_protect_a_large_cohort_are_refused(
+    fleet: Any, neighbours: int, threshold: int, match: str
+) -> None:
     client = fleet.client("pi-000", bytearray(fleet.vector_bytes), parameters=fleet.parameters(maximum_clients=300))
     identity = fleet.identities["pi-000"]
     own = leaf_of("pi-000", identity.certificate.fingerprint, client.advertise())
     leaves = sorted([own, *(bytes([number]) * 32 for number in range(200))])
-    roster = Roster(leaves=b"".join(leaves), neighbours=200, threshold=106, advertisements=())
-    assert_refused(client, roster, RemoteProtocolError, "k-regular")
+    roster = Roster(leaves=b"".join(leaves), neighbours=neighbours, threshold=threshold, advertisements=())
+    assert_refused(client, roster, RemoteProtocolError, match)
 
 
 def test_fewer_than_the_sessions_own_minimum_are_refused_before_masking(fleet: Any) -> None:

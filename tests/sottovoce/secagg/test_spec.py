@@ -9,11 +9,13 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 
+from sottovoce.plan import BlobRef
 from sottovoce.secagg import labels, shamir, unmask
 from sottovoce.secagg.client import STEPS as CLIENT_STEPS
 from sottovoce.secagg.graph import COMPLETE_GRAPH_LIMIT
 from sottovoce.secagg.server import CLOSINGS, STAGE_NAMES
 from sottovoce.secagg.server import STEPS as SERVER_STEPS
+from sottovoce.wire.messages import COORDINATOR_MESSAGES, DEVICE_MESSAGES, SecAggParameters
 
 SPEC = (Path(__file__).parents[3] / "docs" / "SPEC.md").read_text(encoding="utf-8")
 
@@ -48,7 +50,33 @@ def server_table() -> str:
     return table(*rows)
 
 
+def type_of(hint: Any) -> str:
+    """How the SPEC writes the type of a field."""
+    arguments = get_args(hint)
+    if not arguments:
+        return _TYPES[hint]
+    if arguments[-1] is Ellipsis:
+        return f"[{type_of(arguments[0])} …]"
+    return "[" + ", ".join(type_of(argument) for argument in arguments) + "]"
+
+
+_TYPES: dict[Any, str] = {bytes: "bytes", int: "int", str: "text", bool: "bool", BlobRef: "blob"} | {
+    SecAggParameters: "parameters"
+}
+
+
+def message_table() -> str:
+    rows = [("message", "from", "body")]
+    for sender, kinds in (("device", DEVICE_MESSAGES), ("coordinator", COORDINATOR_MESSAGES)):
+        for kind in kinds:
+            hints = get_type_hints(kind)
+            body = ", ".join(f"{name}: {type_of(hints[name])}" for name in kind.__struct_fields__)
+            rows.append((f"`{kind.__name__}`", sender, body))
+    return table(*rows)
+
+
 RENDERED = {
+    "messages": message_table(),
     "device active": device_table(CLIENT_STEPS["active"]),
     "device curious": device_table(CLIENT_STEPS["curious"]),
     "server": server_table(),

@@ -43,6 +43,11 @@ class Relay:
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
+    def move(self, broker_port: int) -> None:
+        """Reset every connection; new ones lead to another broker."""
+        self._broker_port = broker_port
+        self.cut()
+
     def cut(self) -> None:
         """Reset every connection; new ones come through."""
         with self._lock:
@@ -221,6 +226,10 @@ class MqttHarness:
     def restart_broker(self) -> None:
         self.broker.restart()
 
+    def move(self, client_id: str, broker: BrokerProcess) -> None:
+        """Break the link of `client_id`; it comes back to another broker."""
+        self._relays[client_id].move(broker.port)
+
     def bytes_down(self, client_id: str) -> int:
         """Bytes that the broker has sent to the client."""
         return self._relays[client_id].bytes_down
@@ -291,11 +300,14 @@ class Expect:
     def connected(self, transport: Transport) -> Connected:
         return self.event(transport, Connected)
 
-    def nothing_pending(self, transport: Transport) -> None:
+    def nothing_pending(self, transport: Transport) -> list[Event]:
+        """Wait until every publish is acknowledged and return the events that came meanwhile."""
         deadline_s = time.monotonic() + DEADLINE_S
+        seen = []
         while transport.pending():
-            transport.receive(0.01)
+            seen.append(transport.receive(0.01))
             assert time.monotonic() < deadline_s, "publishes are still not acknowledged"
+        return [event for event in seen if event is not None]
 
 
 @pytest.fixture

@@ -138,13 +138,80 @@ def test_the_brokers_maximum_packet_size_is_respected(expect):
         before = transport.max_payload_bytes
         transport.publish("sv1/f/st/pi-1", bytes(20_000))  # Queued before the broker has said what it takes.
         transport.publish("sv1/f/st/pi-1", b"small", retain=True)
-        expect.nothing_pending(transport)
+        seen = expect.nothing_pending(transport)
+        assert not [event for event in seen if isinstance(event, Disconnected)]  # It never tried.
         assert sum(transport.refused.values()) == 1
         assert transport.max_payload_bytes < 20_000 < before
         with pytest.raises(TransportError, match="smaller chunks"):
             transport.publish("sv1/f/st/pi-1", bytes(20_000))
         transport.subscribe("sv1/f/st/pi-1")
         assert expect.delivery(transport, "sv1/f/st/pi-1").payload == b"small"
+
+
+def test_what_a_new_broker_does_not_take_is_not_resent_for_ever(mqtt_harness, expect):
+    transport = mqtt_harness.connect("pi-1")
+    expect.connected(transport)
+    mqtt_harness.broker.pause()
+    transport.publish("sv1/f/st/pi-1", bytes(20_000))  # On its way: it must be sent again.
+    transport.publish("sv1/f/st/pi-1", b"small")
+    with BrokerProcess(settings={"max_packet_size": "15000"}) as smaller:
+        mqtt_harness.move("pi-1", smaller)
+        mqtt_harness.broker.resume()
+        seen = expect.nothing_pending(transport)
+        assert len([event for event in seen if isinstance(event, Disconnected)]) == 1
+        assert sum(transport.refused.values()) == 1
+
+
+class PickyBroker:
+    """A broker that takes publishes of less than 10,000 bytes and says so only when it gets a larger one."""
+
+    def __init__(self) -> None:
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        self.oversize = 0
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def _run(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = self._listener.accept()
+                with connection, connection.makefile("rb") as stream:
+                    while self._answer(connection, *self._packet(stream)):
+                        pass
+
+    def _packet(self, stream) -> tuple[int, bytes]:
+        kind, length, shift = (stream.read(1) or b"\0")[0], 0, 0
+        while kind:
+            digit = stream.read(1)[0]
+            length, shift = length | (digit & 127) << shift, shift + 7
+            if digit < 128:
+                break
+        return kind & 0xF0, stream.read(length)
+
+    def _answer(self, connection: socket.socket, kind: int, body: bytes) -> bool:
+        if kind == 0x10:
+            connection.sendall(b"\x20\x03\x00\x00\x00")
+        elif kind == 0x30 and len(body) < 10_000:
+            topic_bytes = int.from_bytes(body[:2], "big")
+            connection.sendall(b"\x40\x02" + body[2 + topic_bytes : 4 + topic_bytes])
+        elif kind == 0x30:
+            self.oversize += 1
+            connection.sendall(b"\xe0\x01\x95")
+            return False
+        return kind != 0
+
+    def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+
+def test_what_a_broker_hangs_up_for_is_sent_once(expect):
+    with contextlib.closing(PickyBroker()) as picky, linked(settings_for(picky)) as transport:
+        for size in (10, 20_000, 20):
+            transport.publish("sv1/f/st/pi-1", bytes(size))
+        seen = expect.nothing_pending(transport)
+        assert ["Packet too large" in event.reason for event in seen if isinstance(event, Disconnected)] == [True]
+        assert (picky.oversize, sum(transport.refused.values())) == (1, 1)
 
 
 def test_an_oversize_message_over_3_1_1_is_not_resent_for_ever(expect):

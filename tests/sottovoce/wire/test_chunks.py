@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 
 import msgspec
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sottovoce.errors import BadBlob, LocalProtocolError, MalformedMessage
-from sottovoce.plan import blob_ref, digest_of
+from sottovoce.plan import MAX_CHUNK_BYTES, blob_ref, digest_of
 from sottovoce.wire.chunks import (
     MIN_FRAGMENT_BYTES,
     Assembly,
@@ -102,10 +103,8 @@ def test_a_vector_chunk_survives(session, index, content):
 @given(payload=st.binary(max_size=80))
 def test_any_bytes_are_a_vector_chunk_or_malformed(payload):
     for each in (payload, b"\x93\xc4\x20" + bytes(32) + payload, b"\x93\xc4\x20" + bytes(32) + b"\0\xc6\xff" + payload):
-        try:
+        with contextlib.suppress(MalformedMessage):
             assert isinstance(decode_vector_chunk(each), VectorChunk)
-        except MalformedMessage:
-            pass
 
 
 envelopes = st.builds(lambda seed, size: random.Random(seed).randbytes(size), st.integers(), st.integers(1, 9000))
@@ -116,7 +115,7 @@ def test_fragments_of_two_envelopes_mix_in_any_order(envelope, chunk_bytes, choi
     envelope = b"\x9b" + envelope  # How every envelope starts, and no fragment.
     other = b"\x9b" + envelope[::-1]
     parts = [fragments(each, chunk_bytes=chunk_bytes) for each in (envelope, other)]
-    assert all(len(part) <= chunk_bytes for part in sum(parts, []))
+    assert all(len(part) <= chunk_bytes for part in [*parts[0], *parts[1]])
     reassembler = Reassembler()
     mixed = choice.draw(st.permutations(parts[0] + parts[1] + parts[0][:1]))
     whole = [found for part in mixed if (found := reassembler.add(part)) is not None]
@@ -178,10 +177,8 @@ def test_a_fragment_out_of_range_is_refused_and_nothing_kept(changes):
 @given(payload=st.binary(max_size=200))
 def test_any_bytes_are_an_envelope_a_fragment_or_malformed(payload):
     for each in (payload, fragment()[:3] + payload):
-        try:
+        with contextlib.suppress(MalformedMessage):
             assert Reassembler().add(each) in (None, each)
-        except MalformedMessage:
-            pass
 
 
 def test_fragments_that_are_not_the_envelope_they_name_are_dropped_and_forgotten():
@@ -217,3 +214,11 @@ def test_the_one_heard_of_last_stays():
         reassembler.add(fragment(digest=digest_of(bytes([number]))))
         assert reassembler.add(part) is None
     assert reassembler.add(parts[-1]) == envelope
+
+
+def test_what_is_longer_than_any_chunk_is_not_decoded():
+    with pytest.raises(MalformedMessage, match="more than a chunk"):
+        decode_vector_chunk(bytes(MAX_CHUNK_BYTES + 1025))
+    begun = fragments(bytes(5000), chunk_bytes=2048)[0]
+    with pytest.raises(MalformedMessage, match="where a whole may have"):
+        Reassembler(max_bytes=1024).add(begun)

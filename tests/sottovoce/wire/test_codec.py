@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 import tracemalloc
@@ -215,7 +216,6 @@ def test_any_mutation_of_a_message_is_refused_by_name(fleet, choice):
 @pytest.mark.parametrize("kind", ALL_MESSAGES)
 def test_a_signed_body_that_is_not_one_is_refused_by_name(fleet, messages_of, kind):
     """A legitimate sender may sign anything at all."""
-    identity, context = sender_of(fleet, kind)
     envelope = parse(seal(Ready(True), fleet.device, UP))
 
     @given(choice=st.data())
@@ -225,10 +225,8 @@ def test_a_signed_body_that_is_not_one_is_refused_by_name(fleet, messages_of, ki
         at = choice.draw(st.integers(0, len(body) - 1))
         body[at : at + choice.draw(st.integers(0, 3))] = choice.draw(st.binary(max_size=6))
         changed = msgspec.structs.replace(envelope, name=kind.__name__, body=bytes(body))
-        try:
+        with contextlib.suppress(MalformedMessage):
             assert isinstance(parse_body(changed, kind), kind)
-        except MalformedMessage:
-            pass
 
     check()
 

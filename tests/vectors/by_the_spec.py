@@ -1,0 +1,492 @@
+"""docs/SPEC.md written a second time, slowly, without numpy and without importing anything of sottovoce.
+
+The vectors beside this file come from here, and so does the minimal device (`spec_device.py`): both sides of every
+comparison are then written by different hands. The section numbers are the SPEC's. Nothing here is fast or constant
+time; it is for tests.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature, encode_dss_signature
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.x509.oid import NameOID
+
+Entropy = Callable[[int], bytes]
+Fields = list[Any]
+Parameters = Mapping[str, Any]
+
+
+class Refused(Exception):
+    """What arrived is not what the SPEC says."""
+
+
+# --- 1 notation -------------------------------------------------------------------------------------------------------
+
+
+def u32(*numbers: int) -> bytes:
+    return struct.pack(f"<{len(numbers)}I", *numbers)
+
+
+def u64(*numbers: int) -> bytes:
+    return struct.pack(f"<{len(numbers)}Q", *numbers)
+
+
+def lp(*fields: bytes) -> bytes:
+    return b"".join(u32(len(field)) + field for field in fields)
+
+
+def sha256(content: bytes) -> bytes:
+    return hashlib.sha256(content).digest()
+
+
+def hashed(label: str, *fields: bytes) -> bytes:
+    """H of section 1."""
+    return sha256(lp(label.encode(), *fields))
+
+
+def derived(secret: bytes, label: str, *names: str, session: bytes, length: int) -> bytes:
+    """K of section 1."""
+    info = lp(label.encode(), *(name.encode() for name in names))
+    return HKDF(algorithm=hashes.SHA256(), length=length, salt=session, info=info).derive(secret)
+
+
+def packed(fields: Fields | Mapping[str, Any]) -> bytes:
+    """A body (list) or a document (dict) in MessagePack, shortest integers."""
+    return msgspec.msgpack.encode(fields)
+
+
+# --- 2 envelopes ------------------------------------------------------------------------------------------------------
+
+ORDER = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551
+NO_SESSION = bytes(32)
+
+
+@dataclass(frozen=True)
+class Signer:
+    """A name, its key, and its certificate in DER."""
+
+    name: str
+    key: ec.EllipticCurvePrivateKey
+    certificate: bytes
+
+    @property
+    def fingerprint(self) -> bytes:
+        return sha256(self.certificate)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a signature is bound to beside the body."""
+
+    sender: str
+    recipient: str
+    fleet: str
+    round: int
+    attempt: int
+    session: bytes = NO_SESSION
+
+
+def signed_bytes(name: str, context: Context, fingerprint: bytes, body: bytes) -> bytes:
+    parties = (name.encode(), context.sender.encode(), context.recipient.encode(), context.fleet.encode())
+    numbers = (u64(context.round), u32(context.attempt))
+    return b"sottovoce/1/" + lp(*parties, *numbers, context.session, fingerprint, sha256(body))
+
+
+def sign(key: ec.EllipticCurvePrivateKey, content: bytes, *, high_s: bool = False) -> bytes:
+    """Raw r || s with low s, deterministic (RFC 6979) so that vectors can be made again."""
+    r, s = decode_dss_signature(key.sign(content, ec.ECDSA(hashes.SHA256(), deterministic_signing=True)))
+    s = max(s, ORDER - s) if high_s else min(s, ORDER - s)
+    return r.to_bytes(32, "big") + s.to_bytes(32, "big")
+
+
+def envelope(name: str, fields: Fields, signer: Signer, context: Context) -> bytes:
+    body = packed(fields)
+    signature = sign(signer.key, signed_bytes(name, context, signer.fingerprint, body))
+    return seal_with(name, body, signer, context, signature)
+
+
+def seal_with(name: str, body: bytes, signer: Signer, context: Context, signature: bytes) -> bytes:
+    parties = [context.sender, context.recipient, context.fleet, context.round, context.attempt, context.session]
+    return packed([1, name, *parties, signer.fingerprint, body, signature])
+
+
+@dataclass(frozen=True)
+class Opened:
+    name: str
+    context: Context
+    fields: Fields
+
+
+def open_envelope(payload: bytes, certificate: bytes) -> Opened:
+    """Verify an envelope against a certificate that is itself verified already."""
+    version, name, *parties, fingerprint, body, signature = msgspec.msgpack.decode(payload)
+    context = Context(*parties)
+    r, s = int.from_bytes(signature[:32], "big"), int.from_bytes(signature[32:], "big")
+    if version != 1 or fingerprint != sha256(certificate) or len(signature) != 64 or s > ORDER // 2:
+        raise Refused("not an envelope of this certificate's holder")
+    key = x509.load_der_x509_certificate(certificate).public_key()
+    assert isinstance(key, ec.EllipticCurvePublicKey)
+    try:
+        content = signed_bytes(name, context, fingerprint, body)
+        key.verify(encode_dss_signature(r, s), content, ec.ECDSA(hashes.SHA256()))
+    except InvalidSignature as error:
+        raise Refused("a wrong signature") from error
+    return Opened(name, context, msgspec.msgpack.decode(body))
+
+
+def holder(certificate: bytes, authority: bytes, *, role: str) -> str:
+    """The name in a certificate, once its issuer and role are verified. (Validity and revocation are left out here.)"""
+    parsed = x509.load_der_x509_certificate(certificate)
+    parsed.verify_directly_issued_by(x509.load_der_x509_certificate(authority))
+
+    def attribute(oid: x509.ObjectIdentifier) -> str:
+        return str(parsed.subject.get_attributes_for_oid(oid)[0].value)
+
+    if attribute(NameOID.ORGANIZATIONAL_UNIT_NAME) != role:
+        raise Refused(f"not a {role}")
+    return attribute(NameOID.COMMON_NAME)
+
+
+def der(certificate: x509.Certificate) -> bytes:
+    return certificate.public_bytes(Encoding.DER)
+
+
+# --- 3 parameters and graph -------------------------------------------------------------------------------------------
+
+
+def corrupt(members: int, parameters: Parameters) -> int:
+    return max(1, -(-members * parameters["corrupt_share_bp"] // 10_000))
+
+
+def threshold(members: int, parameters: Parameters) -> int:
+    c = corrupt(members, parameters)
+    return (members + c) // 2 + 1 if parameters["mode"] == "active" else max(2, c + 1, -(-members // 2))
+
+
+def members_needed(members: int, parameters: Parameters) -> int:
+    """How many must stay until the unmasking stage."""
+    return max(threshold(members, parameters) + (parameters["mode"] == "active"), parameters["minimum_survivors"], 3)
+
+
+def ring(root: bytes, members: int) -> list[int]:
+    """Roster positions in their order on the ring."""
+    seed = hashed("sv1/graph", root)
+    numbers = words(stream("chacha20", seed, 8 * members), 8)
+    return sorted(range(members), key=lambda position: (numbers[position], position))
+
+
+def neighbours(root: bytes, *, n: int, k: int, position: int) -> list[int]:
+    if k == n - 1:
+        return [other for other in range(n) if other != position]
+    order = ring(root, n)
+    place = order.index(position)
+    return sorted(order[(place + step) % n] for step in range(-(k // 2), k // 2 + 1) if step)
+
+
+def points(root: bytes, *, n: int, k: int) -> list[int]:
+    """Evaluation point of every roster position."""
+    if k == n - 1:
+        return [position + 1 for position in range(n)]
+    order = ring(root, n)
+    return [order.index(position) + 1 for position in range(n)]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of entries of `width` bits: each `word` bytes in memory from `start`, packed on the wire."""
+
+    width: int
+    count: int
+    start: int
+
+    @property
+    def word(self) -> int:
+        return 2 if self.width <= 16 else 4 if self.width <= 32 else 8
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.count * self.word
+
+
+def segments(parameters: Parameters) -> list[Segment]:
+    on_wire = sum(width * count // 8 for width, count in parameters["packed"])
+    narrow = parameters["vector_bytes"] - parameters["wide_bytes"] - on_wire
+    found: list[Segment] = []
+    for width, count in (*parameters["packed"], (32, narrow // 4), (64, parameters["wide_bytes"] // 8)):
+        found.append(Segment(width, count, found[-1].stop if found else 0))
+    return found
+
+
+def memory_bytes(parameters: Parameters) -> int:
+    return segments(parameters)[-1].stop
+
+
+def packed_vector(parameters: Parameters, vector: bytes) -> bytes:
+    """The form on the wire of a vector as it lies in memory."""
+    wire = b""
+    for part in segments(parameters):
+        entries = words(vector[part.start : part.stop], part.word)
+        number = sum(entry % 2**part.width << part.width * index for index, entry in enumerate(entries))
+        wire += number.to_bytes(part.width * part.count // 8, "little")
+    return wire
+
+
+def unpacked_vector(parameters: Parameters, wire: bytes) -> bytes:
+    """The form in memory of a vector as it came from the wire."""
+    vector, at = b"", 0
+    for part in segments(parameters):
+        length = part.width * part.count // 8
+        number, at = int.from_bytes(wire[at : at + length], "little"), at + length
+        for index in range(part.count):
+            vector += (number >> part.width * index & 2**part.width - 1).to_bytes(part.word, "little")
+    return vector
+
+
+# --- 4 the stages -----------------------------------------------------------------------------------------------------
+
+
+def leaf(device: str, fingerprint: bytes, channel_key: bytes, mask_key: bytes, nonce: bytes) -> bytes:
+    return hashed("sv1/leaf", device.encode(), fingerprint, channel_key, mask_key, nonce)
+
+
+def merkle_root(leaves: Sequence[bytes]) -> bytes:
+    level = list(leaves)
+    while len(level) > 1:
+        odd = level[-1:] if len(level) % 2 else []
+        level = [hashed("sv1/merkle", level[i], level[i + 1]) for i in range(0, len(level) - 1, 2)] + odd
+    return level[0]
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What both sides know before the roster."""
+
+    fleet: str
+    coordinator: str
+    round: int
+    attempt: int
+    plan: bytes
+    state: bytes
+    parameters: Parameters
+
+    def context(self, sender: str, *, session: bytes = NO_SESSION) -> Context:
+        return Context(sender, self.coordinator, self.fleet, self.round, self.attempt, session)
+
+    @property
+    def parameters_digest(self) -> bytes:
+        return sha256(packed(self.parameters))
+
+
+def session_id(agreement: Agreement, *, n: int, k: int, t: int, root: bytes) -> bytes:
+    mode = {"active": 1, "curious": 2}[agreement.parameters["mode"]]
+    return hashed(
+        "sv1/session",
+        u32(1) + bytes([mode]),
+        agreement.fleet.encode(),
+        agreement.coordinator.encode(),
+        u64(agreement.round) + u32(agreement.attempt),
+        agreement.plan,
+        agreement.state,
+        agreement.parameters_digest,
+        u32(n, k, t),
+        root,
+    )
+
+
+def public_key(secret: bytes) -> bytes:
+    return X25519PrivateKey.from_private_bytes(secret).public_key().public_bytes_raw()
+
+
+def agreed(secret: bytes, public: bytes) -> bytes:
+    return X25519PrivateKey.from_private_bytes(secret).exchange(X25519PublicKey.from_public_bytes(public))
+
+
+def share_channel_key(secret: bytes, sender: str, recipient: str, *, session: bytes) -> bytes:
+    return derived(secret, "sv1/share-channel", sender, recipient, "chacha20-poly1305", session=session, length=32)
+
+
+def encrypt(key: bytes, shares: bytes, *, session: bytes) -> bytes:
+    return ChaCha20Poly1305(key).encrypt(bytes(12), shares, session)
+
+
+def decrypt(key: bytes, ciphertext: bytes, *, session: bytes) -> bytes:
+    return ChaCha20Poly1305(key).decrypt(bytes(12), ciphertext, session)
+
+
+def commitment(session: bytes, position: int, seed: bytes) -> bytes:
+    return hashed("sv1/b", session, u32(position), seed)
+
+
+def survivors_digest(session: bytes, survivors: Sequence[int]) -> bytes:
+    return hashed("sv1/survivors", session, u32(*survivors))
+
+
+KEY_BYTES = {"aes-128-ctr": 16, "chacha20": 32}
+
+
+def self_mask_key(seed: bytes, device: str, cipher: str, *, session: bytes) -> bytes:
+    return derived(seed, "sv1/self-mask", device, cipher, session=session, length=KEY_BYTES[cipher])
+
+
+def pairwise_mask_key(secret: bytes, lower: str, upper: str, cipher: str, *, session: bytes) -> bytes:
+    return derived(secret, "sv1/pairwise-mask", lower, upper, cipher, session=session, length=KEY_BYTES[cipher])
+
+
+def stream(cipher: str, key: bytes, length: int) -> bytes:
+    if cipher == "chacha20":
+        return Cipher(algorithms.ChaCha20(key, bytes(16)), mode=None).encryptor().update(bytes(length))
+    return Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor().update(bytes(length))
+
+
+def words(content: bytes, width: int) -> list[int]:
+    return [int.from_bytes(content[at : at + width], "little") for at in range(0, len(content), width)]
+
+
+def combined(parameters: Parameters, vector: bytes, other: bytes, sign_: int) -> bytes:
+    """`vector + sign_ * other`, both as they lie in memory, each entry modulo 2 to its width."""
+    result = b""
+    for part in segments(parameters):
+        ours, theirs = words(vector[part.start : part.stop], part.word), words(other[part.start : part.stop], part.word)
+        values = [(a + sign_ * b) % 2**part.width for a, b in zip(ours, theirs, strict=True)]
+        result += b"".join(value.to_bytes(part.word, "little") for value in values)
+    return result
+
+
+def reference(content: bytes, chunk_bytes: int) -> dict[str, Any]:
+    """The document that names a blob or a vector: its digest, size, and the digests of its chunks."""
+    chunks = [content[at : at + chunk_bytes] for at in range(0, max(len(content), 1), chunk_bytes)]
+    return {
+        "digest": sha256(content),
+        "size": len(content),
+        "chunk_bytes": chunk_bytes,
+        "chunk_digests": b"".join(map(sha256, chunks)),
+        "sources": ["mqtt:"],
+    }
+
+
+# --- 5 shares ---------------------------------------------------------------------------------------------------------
+
+PRIME, LIMBS = 65521, 18
+
+
+def limbs(secret: bytes) -> list[int]:
+    number = int.from_bytes(secret, "little")
+    return [number >> 15 * index & 0x7FFF for index in range(LIMBS)]
+
+
+def from_limbs(values: Sequence[int]) -> bytes:
+    number = sum(value << 15 * index for index, value in enumerate(values))
+    if any(value >= 2**15 for value in values) or number >= 2**256:
+        raise Refused("a rebuilt limb or pad bit is out of range")
+    return number.to_bytes(32, "little")
+
+
+def coefficients(count: int, entropy: Entropy) -> list[int]:
+    """Uniform values below the prime: 16-bit words, those too large drawn again, all missing ones at once."""
+    drawn: list[int] = []
+    while len(drawn) < count:
+        drawn += [word for word in words(entropy(2 * (count - len(drawn))), 2) if word < PRIME]
+    return drawn
+
+
+def split(secrets: Sequence[bytes], *, points: Sequence[int], t: int, entropy: Entropy) -> list[list[bytes]]:
+    """Shares[point][secret]. Coefficients are drawn power by power, within one power secret by secret, limb by limb."""
+    constants = [limb for secret in secrets for limb in limbs(secret)]
+    higher = coefficients((t - 1) * len(constants), entropy)
+    rows = [constants, *(higher[at : at + len(constants)] for at in range(0, len(higher), len(constants)))]
+    shares = []
+    for x in points:
+        values = [
+            sum(row[column] * pow(x, power, PRIME) for power, row in enumerate(rows)) % PRIME
+            for column in range(len(constants))
+        ]
+        content = [struct.pack(f"<{LIMBS}H", *values[at : at + LIMBS]) for at in range(0, len(values), LIMBS)]
+        shares.append(content)
+    return shares
+
+
+def rebuild(shares: Mapping[int, bytes]) -> bytes:
+    """The secret from exactly t shares by point."""
+    return from_limbs(interpolated(shares))
+
+
+def interpolated(shares: Mapping[int, bytes]) -> list[int]:
+    values = [0] * LIMBS
+    for x, content in shares.items():
+        weight = 1
+        for other in shares:
+            if other != x:
+                weight = weight * other * pow(other - x, -1, PRIME) % PRIME
+        for index, value in enumerate(words(content, 2)):
+            values[index] = (values[index] + weight * value) % PRIME
+    return values
+
+
+# --- 6 the vector -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Lane:
+    """One aggregation: how many entries, the largest of one device, and its lane."""
+
+    lane: str
+    count: int
+    maximum: int
+
+
+def dense_width(lane: Lane, maximum_clients: int) -> int:
+    return 16 if lane.lane == "uint16" else (maximum_clients * lane.maximum).bit_length()
+
+
+def layout(lanes: Sequence[Lane], maximum_clients: int) -> dict[str, Any]:
+    """The three parameters that describe the vector."""
+    packed_ = [
+        [dense_width(lane, maximum_clients), -(-lane.count // 64) * 64]
+        for lane in lanes
+        if lane.lane in ("uint16", "dense")
+    ]
+    narrow = -(-4 * sum(lane.count for lane in lanes if lane.lane == "uint32") // 8) * 8
+    wide = sum(
+        -(-lane.count // 3) if lane.lane == "3x21" else lane.count for lane in lanes if lane.lane in ("3x21", "uint64")
+    )
+    wide_bytes = 8 * (wide + 2)
+    on_wire = sum(width * count // 8 for width, count in packed_)
+    return {"vector_bytes": on_wire + narrow + wide_bytes, "wide_bytes": wide_bytes, "packed": packed_}
+
+
+def laid_out(
+    lanes: Sequence[Lane], entries: Sequence[Sequence[int]], *, weight: int, clamped: int, maximum_clients: int
+) -> bytes:
+    """The plain vector as it lies in memory."""
+    given = list(zip(lanes, entries, strict=True))
+    packed_ = b""
+    for lane, values in given:
+        if lane.lane in ("uint16", "dense"):
+            word = 2 if dense_width(lane, maximum_clients) <= 16 else 4
+            row = b"".join(value.to_bytes(word, "little") for value in values)
+            packed_ += row + bytes(word * (-lane.count % 64))
+    narrow = b"".join(u32(*values) for lane, values in given if lane.lane == "uint32")
+    narrow += bytes(-len(narrow) % 8)
+    thirds = [
+        u64(sum(value << 21 * place for place, value in enumerate(values[at : at + 3])))
+        for lane, values in given
+        if lane.lane == "3x21"
+        for at in range(0, lane.count, 3)
+    ]
+    wide = b"".join(u64(*values) for lane, values in given if lane.lane == "uint64")
+    return packed_ + narrow + b"".join(thirds) + wide + u64(weight, clamped)

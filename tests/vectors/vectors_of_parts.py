@@ -1,0 +1,425 @@
+"""Vectors of everything but whole sessions: hashes, envelopes, certificates, keys, shares, streams, lanes, graph."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterator
+from typing import Any
+
+import by_the_spec as spec
+from by_the_spec import Context, Lane
+from fleet_by_the_spec import (
+    AT,
+    AUTHORITY,
+    AUTHORITY_KEY,
+    AUTHORITY_NAME,
+    CONDUCTOR,
+    COORDINATOR,
+    FLEET,
+    FixedEntropy,
+    agreement,
+    certificate,
+    key_of,
+    parameters,
+    signer,
+    subject,
+)  # fmt: skip
+from vector import Vector
+
+SESSION = spec.sha256(b"a session")
+SHORT, LONG = spec.sha256(b"one secret"), b"\xff" * 32
+
+
+def hash_vectors() -> Iterator[Vector]:
+    keys = spec.sha256(b"channel"), spec.sha256(b"mask"), spec.sha256(b"nonce")
+    device = signer("pi-1")
+    inputs = {"device": "pi-1", "fingerprint": device.fingerprint}
+    inputs |= dict(zip(("channel_key", "mask_key", "nonce"), keys, strict=True))
+    content = spec.lp(b"sv1/leaf", b"pi-1", device.fingerprint, *keys)
+    yield Vector(
+        "leaf", "a roster leaf", inputs, spec.leaf("pi-1", device.fingerprint, *keys), also={"hashed": content}
+    )
+    for count in (1, 2, 3, 4, 5, 7, 8):
+        leaves = sorted(spec.sha256(bytes([count, index])) for index in range(count))
+        yield Vector("merkle_root", f"{count} leaves", {"leaves": leaves}, spec.merkle_root(leaves))
+    for mode in ("active", "curious"):
+        agreed = agreement(mode=mode)
+        shape = {"n": 6, "k": 5, "t": 4, "root": b"R" * 32}
+        inputs = _agreement_of(agreed) | shape
+        also = {"parameters": spec.packed(agreed.parameters), "parameters_digest": agreed.parameters_digest}
+        yield Vector("session_id", f"{mode} mode", inputs, spec.session_id(agreed, **shape), also=also)  # type: ignore[arg-type]
+    yield Vector("graph_seed", "the ring's seed", {"root": b"R" * 32}, spec.hashed("sv1/graph", b"R" * 32))
+    for position in (0, 3, 65519):
+        inputs = {"session": SESSION, "position": position, "self_seed": SHORT}
+        yield Vector("commitment", "to a self seed", inputs, spec.commitment(SESSION, position, SHORT))
+    for survivors in ([], [0], [0, 2, 5], list(range(300))):
+        inputs = {"session": SESSION, "survivors": survivors}
+        yield Vector("survivors", f"{len(survivors)} survivors", inputs, spec.survivors_digest(SESSION, survivors))
+    for attempt in (0, 255):
+        inputs = {"session": SESSION, "attempt": attempt}
+        yield Vector("subsets", "order of the subsets", inputs, spec.hashed("sv1/subsets", SESSION, spec.u32(attempt)))
+
+
+def _agreement_of(agreed: spec.Agreement) -> dict[str, Any]:
+    names = ("fleet", "coordinator", "round", "attempt", "plan", "state", "parameters")
+    return {name: getattr(agreed, name) for name in names}
+
+
+def envelope_vectors() -> Iterator[Vector]:
+    device, agreed = signer("pi-1"), agreement()
+    context, fields = agreed.context("pi-1", session=SESSION), [b"d" * 32]
+    body = spec.packed(fields)
+    good = spec.envelope("SurvivorsSignature", fields, device, context)
+    parts: list[Any] = spec.msgspec.msgpack.decode(good)
+    holder = {"certificate": device.certificate}
+    content = spec.signed_bytes("SurvivorsSignature", context, device.fingerprint, body)
+    yield Vector("open", "a signed message", {"payload": good} | holder, body, also={"signed": content})
+    request = Context(COORDINATOR, "pi-1", FLEET, 7, 1)
+    payload = spec.envelope("SurvivorsRequest", [[0, 1, 300]], CONDUCTOR, request)
+    yield Vector(
+        "open", "a request", {"payload": payload, "certificate": CONDUCTOR.certificate}, spec.packed([[0, 1, 300]])
+    )
+
+    def changed(comment: str, error: str, flag: str, **changes: Any) -> Vector:
+        altered = [changes.get(f"at{index}", part) for index, part in enumerate(parts)] + changes.get("more", [])
+        return Vector("open", comment, {"payload": spec.packed(altered)} | holder, error=error, flags=(flag,))
+
+    r, s = parts[10][:32], parts[10][32:]
+    other_s = (spec.ORDER - int.from_bytes(s, "big")).to_bytes(32, "big")
+    high, zero = "HighS", bytes(32)
+    yield changed("s in the upper half", "BadSignature", high, at10=r + other_s)
+    for comment, signature in {
+        "r is zero": zero + s, "s is zero": r + zero, "r is the order": spec.ORDER.to_bytes(32, "big") + s,
+        "r and s swapped": s + r, "one bit of r": bytes([r[0] ^ 1]) + r[1:] + s,
+    }.items():  # fmt: skip
+        yield changed(comment, "BadSignature", "Signature", at10=signature)
+    for index, name in enumerate(("sender", "recipient", "fleet", "round", "attempt", "session"), 2):
+        other = {"round": 8, "attempt": 2, "session": bytes(32)}.get(name, "another")
+        error = "MalformedMessage" if name in ("sender", "fleet") else "BadSignature"
+        yield changed(f"{name} changed after signing", error, "Context", **{f"at{index}": other})
+    yield changed("body changed after signing", "BadSignature", "Context", at9=spec.packed([b"e" * 32]))
+    yield changed("fingerprint of another certificate", "MalformedMessage", "Context", at8=CONDUCTOR.fingerprint)
+    yield changed("renamed after signing", "BadSignature", "Context", at1="ShareKeys")
+    malformed: dict[str, dict[str, Any]] = {
+        "version 2": {"at0": 2}, "an unknown message": {"at1": "Nonsense"}, "a field too many": {"more": [b""]},
+        "a slash in a name": {"at2": "pi/1"}, "an empty name": {"at3": ""}, "a name of 65": {"at2": "p" * 65},
+        "a negative round": {"at5": -1}, "a round of 2^63": {"at5": 2**63}, "an attempt of 2^31": {"at6": 2**31},
+        "a session of 31 bytes": {"at7": bytes(31)}, "a fingerprint of 33 bytes": {"at8": bytes(33)},
+        "a signature of 63 bytes": {"at10": r + s[1:]}, "a signature of 65 bytes": {"at10": r + s + b"\0"},
+        "text where bytes belong": {"at9": "text"}, "a number where a name belongs": {"at2": 1},
+    }  # fmt: skip
+    for comment, changes in malformed.items():
+        yield changed(comment, "MalformedMessage", "Malformed", **changes)
+    for comment, payload in {
+        "no bytes": b"", "cut short": good[:-1], "one byte more": good + b"\0", "a map": spec.packed({"version": 1}),
+        "ten fields": spec.packed(parts[:10]), "not MessagePack": b"\xc1" * 40,
+    }.items():  # fmt: skip
+        yield Vector("open", comment, {"payload": payload} | holder, error="MalformedMessage", flags=("Malformed",))
+    bodies: dict[str, tuple[str, Any]] = {
+        "a body with a field too many": ("SurvivorsSignature", [b"d" * 32, 1]),
+        "a body with a field too few": ("SurvivorsSignature", []),
+        "a body of the wrong type": ("SurvivorsSignature", ["text"]),
+        "a body that is a map": ("SurvivorsSignature", {"survivors": b"d" * 32}),
+        "a request, from a device": ("SurvivorsRequest", [[0]]),
+        "a vector without the digests of its chunks": (
+            "MaskedInput", [{"digest": zero, "size": 40, "chunk_bytes": 16, "chunk_digests": b"", "sources": ["mqtt:"]}]
+        ),
+    }  # fmt: skip
+    for comment, (name, given) in bodies.items():
+        payload = spec.envelope(name, given, device, context)
+        yield Vector("open", comment, {"payload": payload} | holder, error="MalformedMessage", flags=("Body",))
+
+
+def certificate_vectors() -> Iterator[Vector]:
+    at = int(AT.timestamp())
+    base = {"authority": AUTHORITY, "fleet": FLEET, "at": at, "role": "device"}
+    device = signer("pi-1")
+    key = device.key
+    yield Vector("certificate", "a device of the fleet", base | {"certificate": device.certificate}, "pi-1")
+
+    def made(holder: Any, *, issuer: Any = AUTHORITY_NAME, by: Any = AUTHORITY_KEY, **changes: Any) -> bytes:
+        return certificate(holder, key, issuer=issuer, by=by, **changes)
+
+    expired = datetime.datetime(2026, 11, 30, tzinfo=datetime.UTC)
+    refused = {
+        "expired": made(subject("pi-1", "device"), after=expired),
+        "of another CA with the same name": made(subject("pi-1", "device"), by=key_of("impostor")),
+        "of another fleet": made(subject("pi-1", "device", "quartet")),
+        "with a name that cannot stand in a topic": made(subject("pi/1", "device")),
+        "with an unknown role": made(subject("pi-1", "auditor")),
+        "the coordinator's, where a device's is wanted": CONDUCTOR.certificate,
+        "the CA's own": AUTHORITY,
+        "cut short": device.certificate[:-1],
+        "signed by another device": made(
+            subject("pi-1", "device"), issuer=subject("pi-2", "device"), by=key_of("pi-2")
+        ),
+    }
+    for comment, content in refused.items():
+        yield Vector(
+            "certificate", comment, base | {"certificate": content}, error="BadCertificate", flags=("Certificate",)
+        )
+
+
+_P = 2**255 - 19
+_LOW_ORDER = (
+    0, 1, _P - 1, _P, _P + 1,
+    325606250916557431795983626356110631294008115727848805560023387167927233504,
+    39382357235489614581723060781553021112529911719440698176882885853963445705823,
+)  # fmt: skip
+
+
+def key_vectors() -> Iterator[Vector]:
+    one, two = spec.sha256(b"one"), spec.sha256(b"two")
+    yield Vector("public_key", "X25519", {"secret": one}, spec.public_key(one))
+    secret = spec.agreed(one, spec.public_key(two))
+    yield Vector("agree", "X25519", {"secret": one, "public_key": spec.public_key(two)}, secret)
+    yield Vector("agree", "the other way round", {"secret": two, "public_key": spec.public_key(one)}, secret)
+    for number in _LOW_ORDER:
+        for top in (0, 2**255):
+            encoded = (number % 2**255 | top).to_bytes(32, "little")
+            for operation in ("agree", "accept_key"):
+                inputs = {"secret": one, "public_key": encoded} if operation == "agree" else {"public_key": encoded}
+                yield Vector(operation, "a point of low order", inputs, error="LowOrderPoint", flags=("LowOrder",))
+    yield Vector("accept_key", "31 bytes", {"public_key": bytes(31)}, error="CryptoError", flags=("Length",))
+    for cipher in ("aes-128-ctr", "chacha20"):
+        inputs = {"self_seed": SHORT, "session": SESSION, "device": "pi-1", "cipher": cipher}
+        also = {"info": spec.lp(b"sv1/self-mask", b"pi-1", cipher.encode())}
+        yield Vector(
+            "self_mask_key", cipher, inputs, spec.self_mask_key(SHORT, "pi-1", cipher, session=SESSION), also=also
+        )
+        inputs = {"secret": secret, "session": SESSION, "lower": "pi-2", "upper": "pi-1", "cipher": cipher}
+        also = {"info": spec.lp(b"sv1/pairwise-mask", b"pi-2", b"pi-1", cipher.encode())}
+        made = spec.pairwise_mask_key(secret, "pi-2", "pi-1", cipher, session=SESSION)
+        yield Vector("pairwise_mask_key", cipher, inputs, made, also=also)
+    for sender, recipient in (("pi-1", "pi-2"), ("pi-2", "pi-1")):
+        inputs = {"secret": secret, "session": SESSION, "sender": sender, "recipient": recipient}
+        made = spec.share_channel_key(secret, sender, recipient, session=SESSION)
+        also = {"info": spec.lp(b"sv1/share-channel", sender.encode(), recipient.encode(), b"chacha20-poly1305")}
+        yield Vector("share_channel_key", f"from {sender} to {recipient}", inputs, made, also=also)
+    yield from _ciphertexts(secret)
+
+
+def _ciphertexts(secret: bytes) -> Iterator[Vector]:
+    key = spec.share_channel_key(secret, "pi-1", "pi-2", session=SESSION)
+    shares = FixedEntropy("shares")(72)
+    good = spec.encrypt(key, shares, session=SESSION)
+    inputs = {"key": key, "session": SESSION}
+    yield Vector("encrypt", "two shares", inputs | {"shares": shares}, good)
+    yield Vector("decrypt", "two shares", inputs | {"ciphertext": good}, shares)
+    for comment, changes in {
+        "one bit changed": {"ciphertext": bytes([good[0] ^ 1]) + good[1:]},
+        "one bit of the tag changed": {"ciphertext": good[:-1] + bytes([good[-1] ^ 1])},
+        "cut short": {"ciphertext": good[:-1]},
+        "empty": {"ciphertext": b""},
+        "of another session": {"ciphertext": good, "session": bytes(32)},
+        "for the other direction": {
+            "ciphertext": good, "key": spec.share_channel_key(secret, "pi-2", "pi-1", session=SESSION)
+        },
+    }.items():  # fmt: skip
+        yield Vector("decrypt", comment, inputs | changes, error="BadShare", flags=("Ciphertext",))
+
+
+def share_vectors() -> Iterator[Vector]:
+    for secret in (bytes(32), SHORT, LONG):
+        yield Vector("limbs", "lowest first", {"secret": secret}, spec.limbs(secret))
+        yield Vector("join_limbs", "and back", {"limbs": spec.limbs(secret)}, secret)
+    for comment, index, value in (
+        ("a limb of 2^15", 0, 2**15), ("the largest field element", 3, 65520), ("the last limb of 2^15", 17, 2**15),
+        ("the lowest pad bit", 17, 2), ("the highest pad bit", 17, 2**14),
+    ):  # fmt: skip
+        values = [value if place == index else 0 for place in range(18)]
+        yield Vector("join_limbs", comment, {"limbs": values}, error="BadShare", flags=("LimbRange",))
+    for count, threshold in ((1, 1), (3, 2), (5, 4)):
+        yield from _splits(count, threshold)
+    too_large = b"\xff\xff" * 2 + b"\xf1\xff"
+    entropy = too_large + FixedEntropy("rejected")(2000)
+    yield _split("coefficients of 65521 or more are drawn again", [SHORT], [1, 2], 2, entropy)
+    for comment, content, error in (
+        ("the largest limb", b"\xf0\xff" * 18, None), ("a limb of 65521", b"\xf1\xff" + bytes(34), "BadShare"),
+        ("the last limb of 65535", bytes(34) + b"\xff\xff", "BadShare"), ("35 bytes", bytes(35), "BadShare"),
+        ("37 bytes", bytes(37), "BadShare"), ("no bytes", b"", "BadShare"),
+    ):  # fmt: skip
+        expected = spec.words(content, 2) if error is None else None
+        yield Vector(
+            "parse_share", comment, {"share": content}, expected, error, () if error is None else ("ShareRange",)
+        )
+
+
+def _split(comment: str, secrets: list[bytes], x: list[int], t: int, entropy: bytes) -> Vector:
+    drawn = _Replayed(entropy)
+    shares = spec.split(secrets, points=x, t=t, entropy=drawn)
+    inputs = {"secrets": secrets, "points": x, "threshold": t, "entropy": entropy[: drawn.at]}
+    return Vector("split", comment, inputs, shares)
+
+
+class _Replayed:
+    def __init__(self, content: bytes) -> None:
+        self.content, self.at = content, 0
+
+    def __call__(self, count: int) -> bytes:
+        self.at += count
+        return self.content[self.at - count : self.at]
+
+
+def _splits(count: int, threshold: int) -> Iterator[Vector]:
+    entropy = FixedEntropy(f"split {count} {threshold}")(2000)
+    secrets, x = [SHORT, LONG], list(range(1, count + 1))
+    made = _split(f"{threshold} of {count}", secrets, x, threshold, entropy)
+    yield made
+    shares = {point: share[0] for point, share in zip(x, made.expected, strict=True)}
+    chosen = {point: shares[point] for point in x[-threshold:]}
+    yield Vector("rebuild", f"{threshold} of {count}", {"shares": _rows(chosen)}, SHORT)
+    if threshold > 1:
+        yield from _wrong_shares(chosen)
+
+
+def _wrong_shares(shares: dict[int, bytes]) -> Iterator[Vector]:
+    """The last share changed: the limb comes out of range, or it gives another secret."""
+    last, wanted = max(shares), {"BadShare", None}
+    for change in range(1, spec.PRIME):
+        value = (int.from_bytes(shares[last][:2], "little") + change) % spec.PRIME
+        wrong = shares | {last: value.to_bytes(2, "little") + shares[last][2:]}
+        try:
+            came, error, comment = spec.rebuild(wrong), None, "a wrong share: only a commitment tells that it is"
+        except spec.Refused:
+            came, error, comment = b"", "BadShare", "a wrong share: the rebuilt limb is out of range"
+        if error in wanted:
+            wanted.remove(error)
+            yield Vector("rebuild", comment, {"shares": _rows(wrong)}, came, error, ("WrongShare",))
+        if not wanted:
+            return
+
+
+def _rows(shares: dict[int, bytes]) -> list[list[Any]]:
+    return [[point, share] for point, share in shares.items()]
+
+
+SHAPES: tuple[dict[str, Any], ...] = (
+    {"vector_bytes": 40, "wide_bytes": 24, "packed": []},
+    {"vector_bytes": 24, "wide_bytes": 24, "packed": []},
+    {"vector_bytes": 88 + 128 + 168 + 8 + 16, "wide_bytes": 16, "packed": [[11, 64], [16, 64], [21, 64]]},
+)
+
+
+def mask_vectors() -> Iterator[Vector]:
+    for cipher in ("aes-128-ctr", "chacha20"):
+        key = spec.sha256(cipher.encode())[: spec.KEY_BYTES[cipher]]
+        for shape in SHAPES:
+            settings = parameters(cipher=cipher, **shape)
+            length = spec.memory_bytes(settings)
+            vector = FixedEntropy(f"vector of {length}")(length)
+            masked = spec.combined(settings, vector, spec.stream(cipher, key, length), 1)
+            inputs = {"parameters": settings, "key": key, "vector": vector}
+            also = {"stream": spec.stream(cipher, key, length), "in_memory": masked}
+            comment = f"{cipher}, {len(settings['packed'])} packed segments"
+            yield Vector("mask", comment, inputs, spec.packed_vector(settings, masked), also=also)
+
+
+def lane_vectors() -> Iterator[Vector]:
+    """Values on whole levels of the quantiser, so that rounding does not matter."""
+    cases: dict[str, list[tuple[str, int, int]]] = {
+        "uint32 and uint64": [("uint32", 5, 255), ("uint64", 2, 2**40 - 1)],
+        "an odd number of uint32 entries": [("uint32", 3, 15), ("uint32", 2, 7)],
+        "uint16": [("uint16", 70, 15), ("uint32", 1, 3)],
+        "3x21": [("3x21", 7, 2047), ("uint32", 2, 3), ("3x21", 3, 1)],
+        "dense": [("dense", 65, 31), ("uint64", 1, 9), ("dense", 3, 4095)],
+        "only the weight": [("uint64", 1, 1)],
+    }
+    for comment, rows in cases.items():
+        lanes = [Lane(*row) for row in rows]
+        entropy = FixedEntropy(comment)
+        entries = [
+            [lane.maximum, *(byte % (lane.maximum + 1) for byte in entropy(lane.count)[1:])][: lane.count]
+            for lane in lanes
+        ]
+        shape = spec.layout(lanes, 100)
+        memory = spec.laid_out(lanes, entries, weight=3, clamped=0, maximum_clients=100)
+        inputs = {"maximum_clients": 100, "lanes": rows, "entries": entries, "weight": 3, "weight_cap": 50}
+        also = {"on_the_wire": spec.packed_vector(shape, memory)}
+        yield Vector("lay_out", comment, inputs, shape | {"in_memory": memory}, also=also)
+        yield from _sums(comment, inputs, lanes, entries)
+    for lane, maximum in (("uint16", 656), ("3x21", 20972), ("uint32", 42949673), ("dense", 42949673)):
+        inputs = {"maximum_clients": 100, "lanes": [[lane, 1, maximum]], "weight_cap": 50}
+        yield Vector(
+            "layout", f"the sum of 100 would carry out of {lane}", inputs, error="ConfigError", flags=("Carry",)
+        )
+
+
+def _sums(comment: str, inputs: dict[str, Any], lanes: list[Lane], entries: list[list[int]]) -> Iterator[Vector]:
+    def total(**changes: Any) -> dict[str, Any]:
+        settings: dict[str, Any] = {"weight": 9, "clamped": 0, "maximum_clients": 100} | changes
+        return inputs | {"survivors": 3, "total": spec.laid_out(lanes, tripled, **settings)}
+
+    tripled = [[3 * value for value in row] for row in entries]
+    yield Vector("sum", f"{comment}, three devices", total(), {"weight": 9, "clamped": 0, "sums": tripled})
+    impossible = ("ImpossibleSum",)
+    for what, changes in {
+        "no weight": {"weight": 0}, "a weight above three caps": {"weight": 151},
+        "more clamped than there are": {"clamped": 3 * sum(lane.count for lane in lanes) + 1},
+    }.items():  # fmt: skip
+        yield Vector("sum", f"{comment}: {what}", total(**changes), error="RoundAbandoned", flags=impossible)
+    room = (
+        2 ** {"uint32": 32, "uint16": 16, "3x21": 21, "uint64": 64}.get(lanes[0].lane, spec.dense_width(lanes[0], 100))
+        - 1
+    )
+    tripled[0][0] = min(3 * lanes[0].maximum + 1, room)
+    yield Vector("sum", f"{comment}: an entry above three maxima", total(), error="RoundAbandoned", flags=impossible)
+
+
+def graph_vectors() -> Iterator[Vector]:
+    for mode in ("active", "curious"):
+        for members, gamma in ((3, 500), (4, 500), (6, 500), (12, 500), (21, 500), (100, 3333), (200, 1000)):
+            settings = parameters(mode=mode, corrupt_share_bp=gamma, maximum_clients=200)
+            expected = {
+                "k": members - 1, "c": spec.corrupt(members, settings), "t": spec.threshold(members, settings),
+                "members_needed": spec.members_needed(members, settings),
+            }  # fmt: skip
+            inputs = {"parameters": settings, "members": members}
+            yield Vector("complete_graph", f"{members} members, {mode}", inputs, expected)
+    for members, k in ((300, 30), (1000, 30)):
+        root = spec.sha256(str(members).encode())
+        order = spec.ring(root, members)
+        around = [spec.neighbours(root, n=members, k=k, position=position) for position in (0, 1, members - 1)]
+        inputs = {"root": root, "members": members, "k": k, "positions": [0, 1, members - 1]}
+        expected = {"neighbours": around, "points": [order.index(p) + 1 for p in (0, 1, members - 1)]}
+        yield Vector(
+            "ring", f"{members} members, {k} neighbours", inputs, expected, also={"first_on_the_ring": order[:5]}
+        )
+    told = {"parameters": parameters(maximum_clients=1000), "members": 1000}
+    for mode, k, t in (("active", 70, 53), ("curious", 30, 17)):
+        inputs = told | {"parameters": parameters(maximum_clients=1000, mode=mode), "k": k, "t": t}
+        yield Vector("check_graph", f"safe in {mode} mode", inputs, True)
+    for comment, k, t in (
+        ("the curious figures in active mode", 30, 17), ("a threshold one too low", 70, 50), ("an odd degree", 71, 53),
+        ("more shares than neighbours", 70, 71), ("too few neighbours", 16, 14), ("a complete graph's k, another t", 999, 500),
+    ):  # fmt: skip
+        yield Vector("check_graph", comment, told | {"k": k, "t": t}, error="ConfigError", flags=("Graph",))
+    for changes in _IMPOSSIBLE:
+        comment = ", ".join(f"{name} = {value}" for name, value in changes.items())
+        yield Vector(
+            "check_parameters",
+            comment,
+            {"parameters": parameters() | changes},
+            error="ConfigError",
+            flags=("Parameters",),
+        )
+    yield Vector("check_parameters", "possible", {"parameters": parameters()}, True)
+
+
+_IMPOSSIBLE: tuple[dict[str, Any], ...] = (
+    {"maximum_clients": 2}, {"maximum_clients": 65521}, {"minimum_survivors": 2}, {"minimum_survivors": 11},
+    {"corrupt_share_bp": 499}, {"corrupt_share_bp": 5000}, {"dropout_share_bp": 499}, {"dropout_share_bp": 10_000},
+    {"vector_bytes": 44}, {"wide_bytes": 8}, {"wide_bytes": 20}, {"wide_bytes": 48}, {"packed": [[33, 64]]},
+    {"packed": [[0, 64]]}, {"packed": [[8, 63]]}, {"packed": [[8, 64]], "vector_bytes": 80},
+)  # fmt: skip
+
+FILES = {
+    "hashes": ("Hashes of section 4", hash_vectors),
+    "envelopes": ("Envelopes of section 2", envelope_vectors),
+    "certificates": ("Certificates of section 2", certificate_vectors),
+    "keys": ("X25519 secrets, derived keys and share ciphertexts of section 4", key_vectors),
+    "shares": ("Secret sharing of section 5", share_vectors),
+    "masks": ("Mask streams of section 4", mask_vectors),
+    "lanes": ("Vectors of section 6, and sums that cannot be", lane_vectors),
+    "graph": ("Parameters, thresholds and rings of section 3", graph_vectors),
+}
