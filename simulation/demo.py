@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import re
 import signal
 import sys
 import time
@@ -127,16 +126,21 @@ class Demonstration:
         fleet.start_coordinator()
         for device in self.devices:
             # A few at a time: every Pi has its own processor, these share one machine.
-            wait_until(lambda: eavesdropper.absent(fleet.started_s) < _STARTING_TOGETHER, deadline_s=_STALLED_S)
+            wait_until(
+                lambda: eavesdropper.absent(fleet.started_s) < _STARTING_TOGETHER,
+                what=f"the start of the agents before {device}",
+                deadline_s=_STALLED_S,
+            )
             fleet.start_agent(device)
         last_event = time.monotonic()
         with Live(self._display(), console=console, refresh_per_second=4) as live:
             while fleet.watch() is None:
                 for event in reader.new():
                     last_event = time.monotonic()
+                    before = self.run.now
                     self._on_event(fleet, event)
                     live.update(self._display())
-                    if not console.is_terminal:
+                    if not console.is_terminal and self.run.now != before:
                         console.print(self.run.now, markup=False)
                 eavesdropper.listen()
                 if time.monotonic() - last_event > _STALLED_S:
@@ -146,6 +150,8 @@ class Demonstration:
                 self._on_event(fleet, event)
             self.run.now = ""
             live.update(self._display())
+        if not console.is_terminal:
+            console.print()
 
     def compare(self, console: Console) -> tuple[float, float]:
         """Return the accuracy of each device alone (mean) and of all data pooled, after as many local epochs."""
@@ -190,7 +196,7 @@ class Demonstration:
                 self.run.now = f"round {event['round'] + 1}: {len(event['cohort'])} devices train on their own data"
             case "stage":
                 self.run.now = f"round {event['round'] + 1}: rendezvous, {event['stage'].replace('_', ' ')}"
-                if training and event["stage"] == "masked_input" and event["round"] == self.kill_in_round:
+                if training and event["stage"] == "share_keys" and event["round"] == self.kill_in_round:
                     self._kill_one(fleet, event["expected"])
             case "abandoned":
                 self.run.abandoned.append(event["reason"])
@@ -270,7 +276,7 @@ def demonstrate(options: argparse.Namespace, console: Console) -> report.DemoRep
         fleet = ProcessFleet(guarded, broker)
         with console.status("a broker, a coordinator and the devices are made; everybody gets a key and a certificate"):
             demonstration.prepare(fleet)
-        version = broker_version(broker)
+        version = broker.description
         console.print(f"broker on {broker.host}:{broker.port} ({version}), {len(data.devices)} agent processes\n")
         with Eavesdropper(broker, offset=demonstration.shown) as eavesdropper:
             demonstration.follow(fleet, eavesdropper, console)
@@ -296,12 +302,6 @@ def demonstrate(options: argparse.Namespace, console: Console) -> report.DemoRep
         report.write_report(result, options.report)
         console.print(f"report: {options.report}")
     return result
-
-
-def broker_version(broker: BrokerProcess) -> str:
-    """Return the name and version that the running broker gives itself, for example `mosquitto 2.0.11`."""
-    match = re.search(r"(mosquitto) version (\S+)", broker.log())
-    return " ".join(match.groups()) if match else "unknown"
 
 
 def _print_end(

@@ -42,7 +42,9 @@ class Eavesdropper:
     def __init__(self, broker: BrokerProcess, *, offset: int) -> None:
         """Listen on `broker` from entering on; keep the entries that start at `offset` (within the first chunk)."""
         self._offset_bytes = 4 * offset
-        self._settings = MqttSettings(host=broker.host, port=broker.port, client_id="eavesdropper", clean_start=True)
+        self._settings = MqttSettings(
+            host=broker.host, port=broker.port, protocol=broker.protocol, client_id="eavesdropper", clean_start=True
+        )
         self._topics = Topics(FLEET)
         self.last: Overheard | None = None
         self._online_s: dict[str, float] = {}

@@ -84,7 +84,9 @@ class ProcessFleet:
                 self.home(device).path,
                 device=device,
                 fleet=FLEET,
-                broker=BrokerConfig(host=self.broker.host, port=self.broker.port, tls=False),
+                broker=BrokerConfig(
+                    host=self.broker.host, port=self.broker.port, protocol=self.broker.protocol, tls=False
+                ),
             )
             home.certificate.write_bytes(sign_request(authority, home.request.read_bytes(), at=now).pem)
             home.fleet_ca.write_bytes(authority.certificate_file.read_bytes())
@@ -98,6 +100,8 @@ class ProcessFleet:
         issued = sign_request(authority, request, at=now, role="coordinator")
         (self.coordinator_home / "certificate.pem").write_bytes(issued.pem)
         (self.coordinator_home / "fleet-ca.pem").write_bytes(authority.certificate_file.read_bytes())
+        settings = self.config.read_text().replace('protocol = "5"', f'protocol = "{self.broker.protocol}"')
+        self.config.write_text(settings)
 
     def give_examples(self, device: str, collection: str, examples: Examples) -> None:
         """Import `examples` on `device`, through the same file import that its owner would use."""
@@ -217,14 +221,14 @@ def peak_rss_mb(pid: int) -> float:
     return 0.0
 
 
-def wait_until(condition: Callable[[], bool], *, deadline_s: float, poll_s: float = 0.02) -> None:
-    """Return once `condition()` is true.
+def wait_until(condition: Callable[[], bool], *, what: str, deadline_s: float, poll_s: float = 0.02) -> None:
+    """Return once `condition()` is true; `what` says in words what is waited for.
 
     Raises:
-        TimeoutError: It is not within `deadline_s` seconds.
+        FleetFailed: It is not within `deadline_s` seconds.
     """
     deadline = time.monotonic() + deadline_s
     while not condition():
         if time.monotonic() > deadline:
-            raise TimeoutError(f"not within {deadline_s} s")
+            raise FleetFailed(f"{what} did not happen within {deadline_s:.0f} s")
         time.sleep(poll_s)
