@@ -35,6 +35,7 @@ from sottovoce.errors import SottovoceError
 from sottovoce.plan import LocalWork
 from sottovoce.runtime import Program, open_program
 from sottovoce.tensors import decode_tensors
+from sottovoce.wire.messages import Mode
 
 HERE = Path(__file__).resolve().parent
 TASKS = HERE / "tasks"
@@ -88,8 +89,9 @@ class Run:
 class Demonstration:
     """Runs one demo: owns the fleet's processes, follows the coordinator's events, evaluates each global model."""
 
-    def __init__(self, demo: Demo, data: DividedData, *, rounds: int, kill_in_round: int | None) -> None:
+    def __init__(self, demo: Demo, data: DividedData, *, rounds: int, mode: Mode, kill_in_round: int | None) -> None:
         """Prepare the demonstration of `demo` on `data`; `kill_in_round` is the round in which one agent dies."""
+        self.mode = mode
         self.demo = demo
         self.data = data
         self.total_rounds = rounds
@@ -114,6 +116,7 @@ class Demonstration:
         fleet.enrol(self.devices)
         for device, examples in self.data.devices.items():
             fleet.give_examples(device, self.demo.name, examples)
+            fleet.allow(device, modes=f'["{self.mode}"]')
         fleet.submit(self._task(fleet.folder))
 
     def follow(self, fleet: ProcessFleet, eavesdropper: Eavesdropper, console: Console) -> None:
@@ -128,7 +131,6 @@ class Demonstration:
             # A few at a time: every Pi has its own processor, these share one machine.
             wait_until(
                 lambda: eavesdropper.absent(fleet.started_s) < _STARTING_TOGETHER,
-                what=f"the start of the agents before {device}",
                 deadline_s=_STALLED_S,
             )
             fleet.start_agent(device)
@@ -177,6 +179,7 @@ class Demonstration:
         count = len(self.devices)
         task = copy.deepcopy(self.task)
         task["rounds"] = self.total_rounds
+        task["secagg"] = {"mode": self.mode}
         task["cohort"] |= {"goal": count, "minimum": min(count, max(10, round(0.6 * count)))}
         for table in (task, task.get("standardise", {})):
             if "bundle" in table:
@@ -253,7 +256,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         console.print("\nstopped; nothing was left behind")
         return 130
-    except SottovoceError as error:
+    except (SottovoceError, TimeoutError) as error:
         Console(stderr=True).print(f"demo: {error}", markup=False, highlight=False)
         return 1
     return 0
@@ -271,7 +274,7 @@ def demonstrate(options: argparse.Namespace, console: Console) -> report.DemoRep
     rounds = options.rounds or demo.rounds
     console.print(f"[bold]{demo.title.format(n=len(data.devices))}[/bold]")
     kill_in_round = None if options.no_kill else min(2, rounds - 1)
-    demonstration = Demonstration(demo, data, rounds=rounds, kill_in_round=kill_in_round)
+    demonstration = Demonstration(demo, data, rounds=rounds, mode=options.mode, kill_in_round=kill_in_round)
     with BrokerProcess() as broker, GuardedFolder("sottovoce-demo-") as guarded:
         fleet = ProcessFleet(guarded, broker)
         with console.status("a broker, a coordinator and the devices are made; everybody gets a key and a certificate"):
@@ -343,6 +346,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--data-file", type=Path, help="har: the .npz with the movements")
     parser.add_argument("--report", type=Path, help="write everything measured as JSON to this file")
     parser.add_argument("--plot", type=Path, help="where the plot goes (default: demo-KIND.png)")
+    parser.add_argument(
+        "--mode",
+        choices=("active", "curious"),
+        default="active",
+        help="against whom the masks protect: a coordinator that lies (default), or one that only listens",
+    )
     parser.add_argument("--no-kill", action="store_true", help="let every agent live")
     return parser
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -102,6 +103,15 @@ class ProcessFleet:
         (self.coordinator_home / "fleet-ca.pem").write_bytes(authority.certificate_file.read_bytes())
         settings = self.config.read_text().replace('protocol = "5"', f'protocol = "{self.broker.protocol}"')
         self.config.write_text(settings)
+
+    def allow(self, device: str, **policy: object) -> None:
+        """Write rules of the owner's policy into the agent.toml of `device`, in place of the defaults."""
+        settings = self.home(device).config
+        text = settings.read_text()
+        for rule, value in policy.items():
+            text, found = re.subn(rf"(?m)^(# )?{rule} = .*$", f"{rule} = {value}", text)
+            assert found == 1, f"agent.toml has one line for {rule}"
+        settings.write_text(text)
 
     def give_examples(self, device: str, collection: str, examples: Examples) -> None:
         """Import `examples` on `device`, through the same file import that its owner would use."""
@@ -221,14 +231,14 @@ def peak_rss_mb(pid: int) -> float:
     return 0.0
 
 
-def wait_until(condition: Callable[[], bool], *, what: str, deadline_s: float, poll_s: float = 0.02) -> None:
-    """Return once `condition()` is true; `what` says in words what is waited for.
+def wait_until(condition: Callable[[], bool], *, deadline_s: float, poll_s: float = 0.02) -> None:
+    """Return once `condition()` is true.
 
     Raises:
-        FleetFailed: It is not within `deadline_s` seconds.
+        TimeoutError: It is not within `deadline_s` seconds.
     """
     deadline = time.monotonic() + deadline_s
     while not condition():
         if time.monotonic() > deadline:
-            raise FleetFailed(f"{what} did not happen within {deadline_s:.0f} s")
+            raise TimeoutError(f"what was waited for did not happen within {deadline_s:.0f} s")
         time.sleep(poll_s)

@@ -73,11 +73,13 @@ class Seat:
         position: Roster position.
         shape: The graph and the session id.
         neighbours: Verified, by position, ascending.
+        holders: Positions that hold a share of this device's self seed, ascending.
     """
 
     position: int
     shape: Shape
     neighbours: Mapping[int, Member]
+    holders: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,7 +72,7 @@ def share_keys(setting: Setting, stage: Advertised, roster: Roster) -> tuple[Key
     seat = _take_seat(setting, stage, roster)
     shape = seat.shape
     self_seed = setting.entropy(keys.SECRET_BYTES)
-    holders = shape.share_holders(seat.position)
+    holders = seat.holders
     rows = shamir.split(
         (self_seed, stage.mask.secret),
         points=shape.points(holders),
@@ -194,7 +194,8 @@ def _take_seat(setting: Setting, stage: Advertised, roster: Roster) -> Seat:
     )
     if any(member.device == setting.device for member in neighbours.values()):
         raise RemoteProtocolError("this device is in the roster twice")
-    return Seat(position, shape, neighbours)
+    holders = tuple(range(shape.members)) if shape.graph.complete else tuple(neighbours)
+    return Seat(position, shape, neighbours, holders)
 
 
 def _shape_told(setting: Setting, roster: Roster, leaves: Sequence[bytes]) -> Shape:
@@ -263,7 +264,7 @@ def _check_survivors(setting: Setting, stage: InputMasked, survivors: Sequence[i
 def _require_neighbourhood(seat: Seat, positions: Collection[int]) -> None:
     """Refuse what leaves too few in the neighbourhood to rebuild a secret."""
     shape = seat.shape
-    if len(set(positions).intersection(shape.share_holders(seat.position))) < shape.threshold:
+    if len(set(positions).intersection(seat.holders)) < shape.threshold:
         raise RemoteProtocolError(f"fewer than {shape.threshold} of this device's neighbourhood are left")
 
 
@@ -299,9 +300,8 @@ def _shares_for(stage: InputMasked, survivors: Sequence[int]) -> Unmasking:
     """Return one share per owner, never both kinds: which one follows from the single survivor set."""
     seat, alive = stage.seat, set(survivors)
     seeds = {position: held.self_seed for position, held in stage.held.items()} | {seat.position: stage.own_share}
-    around = seat.shape.share_holders(seat.position)
     return Unmasking(
-        self_seed_shares=tuple((position, seeds[position]) for position in around if position in alive),
+        self_seed_shares=tuple((position, seeds[position]) for position in seat.holders if position in alive),
         mask_key_shares=tuple((p, held.mask_key) for p, held in stage.held.items() if p not in alive),
     )
 

@@ -11,8 +11,8 @@ d assumed dropouts, Hyp(n, m, k) = how many of m marked members are among k draw
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from math import exp, lgamma
 from typing import TypeAlias
 
@@ -62,40 +62,52 @@ GraphRule: TypeAlias = Callable[[int], GraphParameters]
 """Returns the graph of a cohort of that many members, or raises ConfigError."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True)
 class Graph:
-    """The graph of one cohort.
+    """The graph of one cohort, its figures checked. It holds no order: that is drawn again whenever it is asked for.
 
     Attributes:
         members: n.
-        neighbour_count: k.
-        order: Roster positions in their order on the ring; rising for the complete graph.
-        place: Where on the ring each roster position stands.
+        neighbour_count: k; members - 1 is the complete graph.
+        seed: 32 bytes that follow from the roster.
     """
 
     members: int
     neighbour_count: int
-    order: Positions = field(repr=False)
-    place: Positions = field(repr=False)
+    seed: bytes
 
     @property
     def complete(self) -> bool:
         """True if everybody is everybody's neighbour."""
         return self.neighbour_count == self.members - 1
 
+    def order(self) -> Positions:
+        """Return the roster positions in their order on the ring; rising in a complete graph.
+
+        Members stand in the order of the little-endian 64-bit words of the ChaCha20 stream under the seed (counter and
+        nonce zero), one for each position; the lower position first among equals.
+        """
+        if self.complete:
+            return np.arange(self.members)
+        stream = Cipher(algorithms.ChaCha20(self.seed, bytes(16)), mode=None).encryptor()
+        words = stream.update(bytes(8 * self.members))
+        return np.argsort(np.frombuffer(words, "<u8"), kind="stable")
+
     def neighbours(self, position: int) -> tuple[int, ...]:
         """Return the roster positions of the neighbours of `position`, ascending."""
         if self.complete:
             return (*range(position), *range(position + 1, self.members))
-        around = (int(self.place[position]) + _offsets(self.neighbour_count)) % self.members
-        return tuple(np.sort(self.order[around]).tolist())
+        order = self.order()
+        (place,) = np.flatnonzero(order == position)
+        return tuple(np.sort(order[(place + _offsets(self.neighbour_count)) % self.members]).tolist())
 
     def all_neighbours(self) -> list[tuple[int, ...]]:
         """Return the neighbours of every position, in one go."""
         if self.complete:
             return [self.neighbours(position) for position in range(self.members)]
-        around = (self.place[:, None] + _offsets(self.neighbour_count)) % self.members
-        return [tuple(row) for row in np.sort(self.order[around], axis=1).tolist()]
+        order = self.order()
+        around = (_places(order)[:, None] + _offsets(self.neighbour_count)) % self.members
+        return [tuple(row) for row in np.sort(order[around], axis=1).tolist()]
 
     def share_holders(self, position: int) -> tuple[int, ...]:
         """Return the positions that hold a share of the self seed of `position`, ascending: in a complete graph, all.
@@ -104,28 +116,9 @@ class Graph:
         """
         return tuple(range(self.members)) if self.complete else self.neighbours(position)
 
-    def evaluation_points(self, positions: tuple[int, ...]) -> tuple[int, ...]:
+    def evaluation_points(self, positions: Sequence[int]) -> tuple[int, ...]:
         """Return x, where the polynomials are evaluated for each of `positions`: its place on the ring plus one."""
-        return tuple((self.place[list(positions)] + 1).tolist())
-
-
-def graph_of(members: int, neighbour_count: int, seed: bytes) -> Graph:
-    """Return the graph of a cohort whose figures have been checked.
-
-    Args:
-        members: n.
-        neighbour_count: k; members - 1 is the complete graph, which needs no order.
-        seed: 32 bytes that follow from the roster. Members stand on the ring in the order of the little-endian 64-bit
-            words of the ChaCha20 stream under this key (counter and nonce zero), the lower position first among equals.
-    """
-    if neighbour_count == members - 1:
-        order = np.arange(members, dtype=np.int64)
-        return Graph(members, neighbour_count, order, order)
-    stream = Cipher(algorithms.ChaCha20(seed, bytes(16)), mode=None).encryptor().update(bytes(8 * members))
-    order = np.argsort(np.frombuffer(stream, "<u8"), kind="stable").astype(np.int64)
-    place = np.empty_like(order)
-    place[order] = np.arange(members)
-    return Graph(members, neighbour_count, order, place)
+        return tuple((_places(self.order())[list(positions)] + 1).tolist())
 
 
 def degree(members: int) -> int:
@@ -249,6 +242,13 @@ def check_parameters(parameters: SecAggParameters) -> None:
     for holds, text in rules:
         if not holds:
             raise ConfigError(f"secure aggregation: {text}")
+
+
+def _places(order: Positions) -> Positions:
+    """Return where on the ring each roster position stands."""
+    places = np.empty_like(order)
+    places[order] = np.arange(order.size)
+    return places
 
 
 def _offsets(neighbour_count: int) -> Positions:

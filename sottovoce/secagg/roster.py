@@ -82,7 +82,7 @@ class Shape:
 
     def points(self, positions: Sequence[int]) -> tuple[int, ...]:
         """Return the evaluation points of `positions`."""
-        return self.graph.evaluation_points(tuple(positions))
+        return self.graph.evaluation_points(positions)
 
 
 def shape_of(agreement: Agreement, leaves: Sequence[bytes], figures: GraphParameters) -> Shape:
@@ -103,7 +103,7 @@ def shape_of(agreement: Agreement, leaves: Sequence[bytes], figures: GraphParame
         agreement, members=members, neighbour_count=figures.neighbours, threshold=figures.threshold, root=root
     )  # fmt: skip
     corrupt = graph.corrupt_bound(members, agreement.parameters.corrupt_share_bp)
-    return Shape(session, graph.graph_of(members, figures.neighbours, graph_seed(root)), figures.threshold, corrupt)
+    return Shape(session, Graph(members, figures.neighbours, graph_seed(root)), figures.threshold, corrupt)
 
 
 def check_advertisement(agreement: Agreement, opened: Opened[AdvertiseKeys]) -> Member:

@@ -133,8 +133,8 @@ def take_unmasking(agreement: Agreement, stage: CollectingShares, opened: Opened
     if position not in stage.asked:
         raise RemoteProtocolError(f"{opened.certificate.name} was not asked for shares")
     sharers, alive = stage.inputs.commitments, stage.alive
-    self_seeds = [owner for owner in cohort.holders(position) if owner in alive]
-    mask_keys = [owner for owner in cohort.neighbours[position] if owner in sharers and owner not in alive]
+    self_seeds = sorted(alive.intersection(cohort.holders(position)))
+    mask_keys = sorted(sharers.keys() & set(cohort.neighbours[position]).difference(alive))
     given = [owner for owner, _ in message.self_seed_shares], [owner for owner, _ in message.mask_key_shares]
     if given != (self_seeds, mask_keys):
         raise MalformedMessage(f"{opened.certificate.name} did not give exactly the shares asked for")
@@ -276,10 +276,10 @@ def _require_enough(agreement: Agreement, present: int, shares: int, what: str) 
 
 def _require_shares(inputs: CollectingInputs, present: Collection[int]) -> None:
     """Give up early if some secret that the sum needs has too few holders left."""
-    cohort = inputs.cohort
+    cohort, staying = inputs.cohort, frozenset(present)
     for owner in inputs.commitments:
         holders = cohort.holders(owner) if owner in inputs.added else cohort.neighbours[owner]
-        left = sum(holder in present for holder in holders)
+        left = len(staying.intersection(holders))
         if left < cohort.shape.threshold:
             name, needed = cohort.members[owner].device, cohort.shape.threshold
             raise RoundAbandoned("too_few_shares", f"{left} devices can give shares for {name}, {needed} are needed")

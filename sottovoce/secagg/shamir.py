@@ -64,7 +64,7 @@ def parse_shares(contents: Sequence[bytes]) -> Limbs:
     Raises:
         BadShare: One does not have SHARE_BYTES bytes, or a limb is not below p.
     """
-    if any(len(content) != SHARE_BYTES for content in contents):
+    if not {SHARE_BYTES}.issuperset(map(len, contents)):
         raise BadShare(f"a share has {SHARE_BYTES} bytes, and one has not")
     limbs = np.frombuffer(b"".join(contents), _WIRE).reshape(len(contents), LIMBS)
     if limbs.size and int(limbs.max()) >= PRIME:

@@ -170,7 +170,7 @@ def der(certificate: x509.Certificate) -> bytes:
 
 
 def corrupt(members: int, parameters: Parameters) -> int:
-    return max(1, -(-members * parameters["corrupt_share_bp"] // 10_000))
+    return max(1, -(-members * int(parameters["corrupt_share_bp"]) // 10_000))
 
 
 def threshold(members: int, parameters: Parameters) -> int:
@@ -180,7 +180,8 @@ def threshold(members: int, parameters: Parameters) -> int:
 
 def members_needed(members: int, parameters: Parameters) -> int:
     """How many must stay until the unmasking stage."""
-    return max(threshold(members, parameters) + (parameters["mode"] == "active"), parameters["minimum_survivors"], 3)
+    one_more = int(parameters["mode"] == "active")
+    return max(threshold(members, parameters) + one_more, int(parameters["minimum_survivors"]), 3)
 
 
 def ring(root: bytes, members: int) -> list[int]:

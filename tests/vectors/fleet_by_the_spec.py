@@ -1,4 +1,4 @@
-"""A fleet and a coordinator for the vectors: fixed keys and certificates, and whole sessions played by `SpecDevice`s."""
+"""A fleet and a coordinator for the vectors: fixed keys and certificates, whole sessions played by `SpecDevice`s."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import by_the_spec as spec
+import msgspec
 from by_the_spec import Agreement, Fields, Signer
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
@@ -122,7 +123,7 @@ class Transcript:
     def body(self, stage: str, device: str, *, answer: bool = False) -> Fields:
         exchange = next(one for one in self.exchanges if one.stage == stage)
         payload = (exchange.answers if answer else exchange.requests)[device]
-        fields: Fields = spec.msgspec.msgpack.decode(spec.msgspec.msgpack.decode(payload)[9])
+        fields: Fields = msgspec.msgpack.decode(msgspec.msgpack.decode(payload)[9])
         return fields
 
     def device(self, name: str) -> SpecDevice:

@@ -1,16 +1,17 @@
 """A minimal device, written from docs/SPEC.md alone: what an interoperable client in another language would be.
 
-It takes the coordinator's signed envelopes and gives signed envelopes back. It verifies what the SPEC says a device must
-verify; it has no owner's terms, no timeouts and no redelivery.
+It takes the coordinator's signed envelopes and gives signed envelopes back. It verifies what the SPEC says a device
+must verify; it has no owner's terms, no timeouts and no redelivery.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import by_the_spec as spec
+import msgspec
 from by_the_spec import Agreement, Entropy, Fields, Refused, Signer
 
 
@@ -66,7 +67,7 @@ class SpecDevice:
         rest = (opened.context.fleet, opened.context.round, opened.context.attempt, opened.context.session)
         if (*swapped, *rest) != (*_parties(expected), expected.fleet, expected.round, expected.attempt, self.session):
             raise Refused("a request of another session")
-        answers = {
+        answers: dict[str, tuple[str, Callable[..., Fields]]] = {
             "Roster": ("ShareKeys", self.share_keys),
             "MaskedInputRequest": ("MaskedInput", self.mask_input),
             "SurvivorsRequest": ("SurvivorsSignature", self.sign_survivors),
@@ -161,7 +162,7 @@ class SpecDevice:
         certificates = {self.neighbours[p].device: self.neighbours[p].certificate for p in survivors if p in self.held}
         signers = set()
         for payload in signatures:
-            sender = spec.msgspec.msgpack.decode(payload)[2]
+            sender = msgspec.msgpack.decode(payload)[2]
             opened = spec.open_envelope(payload, certificates[sender])
             context = self.agreement.context(sender, session=self.session)
             if (opened.name, opened.context, opened.fields) != ("SurvivorsSignature", context, [self.signed]):
@@ -171,7 +172,7 @@ class SpecDevice:
             raise Refused("too few signatures")
 
     def _neighbour(self, payload: bytes, leaf: bytes) -> Neighbour:
-        fields = spec.msgspec.msgpack.decode(spec.msgspec.msgpack.decode(payload)[9])
+        fields = msgspec.msgpack.decode(msgspec.msgpack.decode(payload)[9])
         certificate = fields[0]
         device = spec.holder(certificate, self.authority, role="device")
         opened = spec.open_envelope(payload, certificate)

@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any
 
 import by_the_spec as spec
+import msgspec
 from by_the_spec import Fields
 from fleet_by_the_spec import AUTHORITY, CONDUCTOR, COORDINATOR, FLEET, Transcript, play, signer
 from spec_device import SpecDevice
@@ -24,7 +25,8 @@ _SESSIONS: dict[str, tuple[str, dict[str, Any]]] = {
         {"count": 5, "mode": "curious", "cipher": "chacha20", "drops": {"pi-2": "masked_input"}, **_PACKED},
     ),
     "curious-5-early": (
-        "one of five drops out before sharing its keys", {"count": 5, "mode": "curious", "drops": {"pi-4": "share_keys"}}
+        "one of five drops out before sharing its keys",
+        {"count": 5, "mode": "curious", "drops": {"pi-4": "share_keys"}},
     ),
     "active-3": ("three devices are too few: t is 3 and everybody wants t signatures of others", {"count": 3}),
     "active-5": ("five devices, nobody drops out", {"count": 5}),
@@ -192,7 +194,11 @@ def _terms() -> Iterator[Vector]:
         ("a largest cohort below the owner's minimum", "active-5", {"minimum_cohort": 11}),
         ("a kinder fleet assumed than the owner does", "active-5", {"minimum_corrupt_share_bp": 501}),
     ):
-        inputs = {"transcript": f"transcript-{name}", "device": _victim(name).signer.name, "terms": terms}
+        inputs: dict[str, Any] = {
+            "transcript": f"transcript-{name}",
+            "device": _victim(name).signer.name,
+            "terms": terms,
+        }
         yield Vector("device_terms", comment, inputs, error="PolicyRefusal", flags=("Terms",))
     transcript = "active-5"
     device = _victim(transcript).signer.name
@@ -260,17 +266,17 @@ def _reissued(changes: Mapping[int, Any], context: Mapping[str, Any]) -> Callabl
     """What a corrupt neighbour would sign."""
 
     def change(payload: bytes) -> bytes:
-        parts = spec.msgspec.msgpack.decode(payload)
-        fields = [changes.get(index, value) for index, value in enumerate(spec.msgspec.msgpack.decode(parts[9]))]
+        parts = msgspec.msgpack.decode(payload)
+        fields = [changes.get(index, value) for index, value in enumerate(msgspec.msgpack.decode(parts[9]))]
         names = ("sender", "recipient", "fleet", "round", "attempt", "session")
-        settings = dict(zip(names, parts[2:8], strict=True)) | context
+        settings = dict(zip(names, parts[2:8], strict=True)) | dict(context)
         return spec.envelope("AdvertiseKeys", fields, signer(parts[2]), spec.Context(**settings))
 
     return change
 
 
 def _tampered(payload: bytes) -> bytes:
-    key = spec.msgspec.msgpack.decode(spec.msgspec.msgpack.decode(payload)[9])[5]
+    key = msgspec.msgpack.decode(msgspec.msgpack.decode(payload)[9])[5]
     return payload.replace(key, b"k" * 32)
 
 
@@ -358,9 +364,9 @@ def _victim_name() -> str:
 def _sign(name: str, survivors: list[int], **changes: Any) -> bytes:
     transcript = session("active-6-dropout")
     number = transcript.devices[0].session
-    settings = {"sender": name, "recipient": COORDINATOR, "fleet": FLEET, "round": 7, "attempt": 1, "session": number}
+    settings: dict[str, Any] = {"recipient": COORDINATOR, "fleet": FLEET, "round": 7, "attempt": 1, "session": number}
     digest = spec.survivors_digest(number, survivors)
-    return spec.envelope("SurvivorsSignature", [digest], signer(name), spec.Context(**(settings | changes)))
+    return spec.envelope("SurvivorsSignature", [digest], signer(name), spec.Context(name, **(settings | changes)))
 
 
 def _peers() -> list[str]:
@@ -379,7 +385,7 @@ def _other_survivor(survivors: list[int]) -> bytes:
 
 
 def _spare(fields: Fields, **changes: Any) -> bytes:
-    first = spec.msgspec.msgpack.decode(fields[1][0])[2]
+    first = msgspec.msgpack.decode(fields[1][0])[2]
     return _sign(first, fields[0], **changes)
 
 
@@ -424,9 +430,8 @@ def coordinator_refusals() -> Iterator[Vector]:
 
 
 def _to_coordinator(name: str, stage: str, device: str, comment: str, payload: bytes, error: str) -> Vector:
-    inputs = {
-        "transcript": f"transcript-{name}", "before": stage, "certificate": signer(device).certificate, "payload": payload,
-    }  # fmt: skip
+    inputs = {"transcript": f"transcript-{name}", "before": stage, "payload": payload}
+    inputs |= {"certificate": signer(device).certificate}
     return Vector("coordinator", comment, inputs, error=error, flags=(stage,))
 
 
@@ -438,7 +443,7 @@ def _answer(name: str, kind: str, device: str, fields: Fields, **changes: Any) -
 
 
 def _changed(payload: bytes, device: str) -> bytes:
-    fields = spec.msgspec.msgpack.decode(spec.msgspec.msgpack.decode(payload)[9])
+    fields = msgspec.msgpack.decode(msgspec.msgpack.decode(payload)[9])
     return _answer("active-6-dropout", "ShareKeys", device, [b"c" * 32, fields[1]])
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import by_the_spec as spec
+import msgspec
 from by_the_spec import Context, Lane
 from fleet_by_the_spec import (
     AT,
@@ -33,7 +34,7 @@ SHORT, LONG = spec.sha256(b"one secret"), b"\xff" * 32
 def hash_vectors() -> Iterator[Vector]:
     keys = spec.sha256(b"channel"), spec.sha256(b"mask"), spec.sha256(b"nonce")
     device = signer("pi-1")
-    inputs = {"device": "pi-1", "fingerprint": device.fingerprint}
+    inputs: dict[str, Any] = {"device": "pi-1", "fingerprint": device.fingerprint}
     inputs |= dict(zip(("channel_key", "mask_key", "nonce"), keys, strict=True))
     content = spec.lp(b"sv1/leaf", b"pi-1", device.fingerprint, *keys)
     yield Vector(
@@ -70,7 +71,7 @@ def envelope_vectors() -> Iterator[Vector]:
     context, fields = agreed.context("pi-1", session=SESSION), [b"d" * 32]
     body = spec.packed(fields)
     good = spec.envelope("SurvivorsSignature", fields, device, context)
-    parts: list[Any] = spec.msgspec.msgpack.decode(good)
+    parts: list[Any] = msgspec.msgpack.decode(good)
     holder = {"certificate": device.certificate}
     content = spec.signed_bytes("SurvivorsSignature", context, device.fingerprint, body)
     yield Vector("open", "a signed message", {"payload": good} | holder, body, also={"signed": content})
@@ -178,7 +179,9 @@ def key_vectors() -> Iterator[Vector]:
         for top in (0, 2**255):
             encoded = (number % 2**255 | top).to_bytes(32, "little")
             for operation in ("agree", "accept_key"):
-                inputs = {"secret": one, "public_key": encoded} if operation == "agree" else {"public_key": encoded}
+                inputs: dict[str, Any] = (
+                    {"secret": one, "public_key": encoded} if operation == "agree" else {"public_key": encoded}
+                )
                 yield Vector(operation, "a point of low order", inputs, error="LowOrderPoint", flags=("LowOrder",))
     yield Vector("accept_key", "31 bytes", {"public_key": bytes(31)}, error="CryptoError", flags=("Length",))
     for cipher in ("aes-128-ctr", "chacha20"):
@@ -370,11 +373,11 @@ def graph_vectors() -> Iterator[Vector]:
     for mode in ("active", "curious"):
         for members, gamma in ((3, 500), (4, 500), (6, 500), (12, 500), (21, 500), (100, 3333), (200, 1000)):
             settings = parameters(mode=mode, corrupt_share_bp=gamma, maximum_clients=200)
-            expected = {
+            expected: dict[str, Any] = {
                 "k": members - 1, "c": spec.corrupt(members, settings), "t": spec.threshold(members, settings),
                 "members_needed": spec.members_needed(members, settings),
             }  # fmt: skip
-            inputs = {"parameters": settings, "members": members}
+            inputs: dict[str, Any] = {"parameters": settings, "members": members}
             yield Vector("complete_graph", f"{members} members, {mode}", inputs, expected)
     for members, k in ((300, 30), (1000, 30)):
         root = spec.sha256(str(members).encode())
@@ -391,7 +394,8 @@ def graph_vectors() -> Iterator[Vector]:
         yield Vector("check_graph", f"safe in {mode} mode", inputs, True)
     for comment, k, t in (
         ("the curious figures in active mode", 30, 17), ("a threshold one too low", 70, 50), ("an odd degree", 71, 53),
-        ("more shares than neighbours", 70, 71), ("too few neighbours", 16, 14), ("a complete graph's k, another t", 999, 500),
+        ("more shares than neighbours", 70, 71), ("too few neighbours", 16, 14),
+        ("a complete graph's k, another t", 999, 500),
     ):  # fmt: skip
         yield Vector("check_graph", comment, told | {"k": k, "t": t}, error="ConfigError", flags=("Graph",))
     for changes in _IMPOSSIBLE:

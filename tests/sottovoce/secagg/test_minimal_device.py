@@ -61,7 +61,7 @@ class Choir:
         for index, name in enumerate(names):
             self.devices[name] = self._device(name) if index < self.by_the_spec else self._client(name)
         context = SignedContext("conductor", "all", "choir", 7, 1)
-        digests = {"plan": b"p" * 32, "state": b"s" * 32}
+        digests: dict[str, Any] = {"plan": b"p" * 32, "state": b"s" * 32}
         self.server = ServerSession(
             context=context, **digests, parameters=self.parameters, expected=names, graph_rule=self.graph_rule
         )

@@ -419,7 +419,7 @@ def ring(fleet: Any) -> Attacker:
     names = [f"pi-{number:03}" for number in range(RING)]
     identities = {name: fleet.identities.get(name) or fleet.issue(name, "device") for name in names}
     figures = GraphParameters(NEIGHBOURS, SHARES)
-    settings = {"maximum_clients": RING, "corrupt_share_bp": 500, "graph_rule": lambda members: figures}
+    settings: dict[str, Any] = {"maximum_clients": RING, "corrupt_share_bp": 500, "graph_rule": lambda _: figures}
     rehearsal = room(replaced(fleet, identities=identities), RING, **settings)
     attacker = Attacker(rehearsal, names[-10:])
     rehearsal.run_until(CollectingInputs)
@@ -430,7 +430,7 @@ def ring(fleet: Any) -> Attacker:
 
 
 def on_the_ring(attacker: Attacker, places: Iterable[int]) -> list[int]:
-    order = attacker.shape.graph.order.tolist()
+    order = attacker.shape.graph.order().tolist()
     return [order[place % RING] for place in places]
 
 
@@ -474,6 +474,23 @@ def test_a_whole_neighbourhood_on_the_ring_listed_as_dropped(ring: Attacker) -> 
     survivors = tuple(position for position in range(RING) if position not in around)
     ring.ask(device, SurvivorsRequest(survivors=survivors), RemoteProtocolError)
     assert_noise(ring.best([victim]), ring.rehearsal.plain[device])
+
+
+def test_not_prevented_t_neighbours_on_the_ring_rebuild_and_t_minus_one_do_not(ring: Attacker) -> None:
+    """Also the proof that the two tests before this one would have seen it, had the masks come off."""
+    (victim,) = on_the_ring(ring, [5])
+    around = [ring.cohort.members[position].device for position in ring.shape.neighbours(victim)]
+    device = ring.cohort.members[victim].device
+    for count in (SHARES - 1, SHARES):
+        reader = Attacker(ring.rehearsal, around[:count])
+        reader.cohort, reader.shape = ring.cohort, ring.shape
+        for other in reader.corrupt:
+            reader.hold(other)
+        reader.masked = ring.masked
+        if count < SHARES:
+            assert_noise(reader.best([victim]), ring.rehearsal.plain[device])
+        else:
+            assert reader.best([victim]) == ring.rehearsal.plain[device]
 
 
 # --- what is not prevented: SPEC, section 10 --------------------------------------------------------------------------

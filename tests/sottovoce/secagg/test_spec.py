@@ -12,7 +12,7 @@ import pytest
 from sottovoce.plan import BlobRef
 from sottovoce.secagg import labels, shamir, unmask
 from sottovoce.secagg.client import STEPS as CLIENT_STEPS
-from sottovoce.secagg.graph import COMPLETE_GRAPH_LIMIT
+from sottovoce.secagg.graph import COMPLETE_GRAPH_LIMIT, LARGEST_COHORT, LARGEST_THRESHOLD
 from sottovoce.secagg.server import CLOSINGS, STAGE_NAMES
 from sottovoce.secagg.server import STEPS as SERVER_STEPS
 from sottovoce.wire.messages import COORDINATOR_MESSAGES, DEVICE_MESSAGES, SecAggParameters
@@ -98,6 +98,8 @@ def test_the_spec_states_the_codes_numbers() -> None:
         f"cut into {shamir.LIMBS} limbs of {shamir.LIMB_BITS} bits",
         f"{shamir.SHARE_BYTES} + {shamir.SHARE_BYTES} bytes",
         f"at most {unmask.MAX_SUBSETS} in all",
-        f"at most {COMPLETE_GRAPH_LIMIT} in this release",
+        f"A cohort of up to {COMPLETE_GRAPH_LIMIT} members has it always",
+        f"3 to {LARGEST_COHORT} |",
+        f"t at\nmost {LARGEST_THRESHOLD}",
     ):
         assert text in SPEC, text
