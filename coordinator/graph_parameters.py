@@ -23,9 +23,10 @@ An *active* server sees the ring before it chooses who drops, and may try many r
 One answer: t shares of the self seed and t of the mask key of one client need 2t answers from k neighbours, of whom
 only the at most a corrupt ones answer both ways. Connected: a survivor beside a gap of k/2 is unmasked only by the at
 most k/2 neighbours on its other side and the corrupt ones in the gap, so t - k/2 of those are needed; a cut takes two
-gaps, and corrupt clients in disjoint windows of the ring are negatively associated, hence the square. This holds if a
-neighbour answers only for survivors that masked with it. Without that check the server can tell the two banks of a
-gap different lists of who shared keys, the far bank answers too, and fewer corrupt clients are enough. The second
+gaps, and corrupt clients in disjoint windows of the ring are negatively associated, hence the square. This holds
+because a neighbour answers only for survivors that masked with it: the inclusion tokens of active mode (docs/SPEC.md,
+stage 4). Otherwise the server could tell the two banks of a gap different lists of who shared keys, the far bank would
+answer too, and fewer corrupt clients would be enough. The second
 condition has implied the first wherever it was tried; the proof needs both. Both are easier with a larger t, so t is
 the largest that completes.
 

@@ -343,7 +343,7 @@ def _metered(opened: Opened[Any]) -> Opened[Any]:
     if not isinstance(opened.message, MaskedInput):
         return opened
     reference = MeteredReference(**msgspec.structs.asdict(opened.message.vector))
-    return replace(opened, message=MaskedInput(vector=reference))
+    return replace(opened, message=msgspec.structs.replace(opened.message, vector=reference))
 
 
 def _upload_bytes(session: bytes, vector: bytearray) -> int:

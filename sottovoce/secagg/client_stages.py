@@ -83,11 +83,33 @@ class Seat:
 
 
 @dataclass(frozen=True, slots=True)
+class ChannelKeys:
+    """What two neighbours alone can derive, from this device's point of view.
+
+    Attributes:
+        incoming: Key of the shares that the neighbour sends.
+        inclusion_sent: Token that this device masked with the neighbour.
+        inclusion_wanted: Token that the neighbour masked with this device.
+    """
+
+    incoming: bytes = field(repr=False)
+    inclusion_sent: bytes = field(repr=False)
+    inclusion_wanted: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
 class HeldShares:
-    """What a neighbour has entrusted to this device: one share of each of its secrets."""
+    """What a neighbour has entrusted to this device: one share of each of its secrets.
+
+    Attributes:
+        self_seed: Share of its self seed.
+        mask_key: Share of its mask key.
+        inclusion: The token that it makes if it masks with this device.
+    """
 
     self_seed: bytes = field(repr=False)
     mask_key: bytes = field(repr=False)
+    inclusion: bytes = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +136,7 @@ class KeysShared:
     Attributes:
         vector: Plain.
         seat: This device's place.
-        incoming: Position -> key of the shares that this neighbour sends.
+        channels: Position -> what only this neighbour and this device know.
         mask: Mask key pair.
         self_seed: b.
         own_share: This device's own share of b; empty on a ring, where only neighbours hold one.
@@ -122,7 +144,7 @@ class KeysShared:
 
     vector: bytearray = field(repr=False)
     seat: Seat
-    incoming: Mapping[int, bytes] = field(repr=False)
+    channels: Mapping[int, ChannelKeys] = field(repr=False)
     mask: keys.KeyPair = field(repr=False)
     self_seed: bytes = field(repr=False)
     own_share: bytes = field(repr=False)

@@ -6,13 +6,22 @@ form must not exist beside its masked one.
 
 from __future__ import annotations
 
+import hmac
 from collections.abc import Collection, Sequence
 
-from sottovoce.errors import ConfigError, Equivocation, MalformedMessage, PolicyRefusal, RemoteProtocolError
+from sottovoce.errors import (
+    ConfigError,
+    CryptoError,
+    Equivocation,
+    MalformedMessage,
+    PolicyRefusal,
+    RemoteProtocolError,
+)
 from sottovoce.plan import blob_ref
 from sottovoce.secagg import graph, keys, segments, shamir
 from sottovoce.secagg.client_stages import (
     Advertised,
+    ChannelKeys,
     HeldShares,
     InputMasked,
     KeysShared,
@@ -80,14 +89,14 @@ def share_keys(setting: Setting, stage: Advertised, roster: Roster) -> tuple[Key
         entropy=setting.entropy,
     )
     shares = dict(zip(holders, rows, strict=True))
-    outgoing, incoming = _channel_keys(setting, stage, seat)
+    outgoing, channels = _channel_keys(setting, stage, seat)
     ciphertexts = tuple(
         keys.encrypt_shares(key, b"".join(shares[position]), session=shape.session)
         for position, key in outgoing.items()
     )
     commitment = commitment_to(self_seed, session=shape.session, position=seat.position)
     own_share = shares[seat.position][0] if shape.graph.complete else b""
-    following = KeysShared(stage.vector, seat, incoming, stage.mask, self_seed, own_share)
+    following = KeysShared(stage.vector, seat, channels, stage.mask, self_seed, own_share)
     return following, ShareKeys(commitment=commitment, ciphertexts=ciphertexts)
 
 
@@ -109,7 +118,10 @@ def mask_input(setting: Setting, stage: KeysShared, request: MaskedInputRequest)
     shamir.parse_shares([share for pair in held.values() for share in (pair.self_seed, pair.mask_key)])
     _mask_in_place(setting, stage, positions)
     reference = blob_ref(stage.vector, chunk_bytes=setting.chunk_bytes)
-    return InputMasked(stage.vector, stage.seat, held, stage.own_share), MaskedInput(vector=reference)
+    active = setting.agreement.parameters.mode == "active"
+    inclusions = b"".join(stage.channels[position].inclusion_sent for position in positions) if active else b""
+    following = InputMasked(stage.vector, stage.seat, held, stage.own_share)
+    return following, MaskedInput(vector=reference, inclusions=inclusions)
 
 
 def sign_survivors(
@@ -131,12 +143,14 @@ def reveal_agreed(setting: Setting, stage: SurvivorsSigned, request: UnmaskingRe
     Raises:
         Equivocation: A neighbour signed another set; the error carries its signed envelope.
         RemoteProtocolError, MalformedMessage, BadSignature: Another set, or not t valid signatures of neighbours.
+        CryptoError: A surviving neighbour has not masked with this device.
     """
     seat = stage.masked.seat
     _check_survivors(setting, stage.masked, request.survivors)
     if survivors_digest(request.survivors, session=seat.shape.session) != stage.survivors:
         raise RemoteProtocolError("asked to unmask another survivor set than the one signed")
     _check_signatures(setting, stage, request)
+    _check_inclusions(stage.masked, request)
     return Revealed(), _shares_for(stage.masked, request.survivors)
 
 
@@ -146,8 +160,8 @@ def reveal(setting: Setting, stage: InputMasked, request: UnmaskingRequest) -> t
     Raises:
         PolicyRefusal, RemoteProtocolError, MalformedMessage: See `_check_survivors`.
     """
-    if request.signatures:
-        raise MalformedMessage("signatures in a session without a consistency check")
+    if request.signatures or request.inclusions:
+        raise MalformedMessage("signatures or tokens in a session without a consistency check")
     _check_survivors(setting, stage, request.survivors)
     return Revealed(), _shares_for(stage, request.survivors)
 
@@ -206,21 +220,26 @@ def _shape_told(setting: Setting, roster: Roster, leaves: Sequence[bytes]) -> Sh
         raise RemoteProtocolError(f"an impossible roster: {error}") from error
 
 
-def _channel_keys(setting: Setting, stage: Advertised, seat: Seat) -> tuple[dict[int, bytes], dict[int, bytes]]:
-    """Return the keys of the shares sent to and received from every neighbour, by position."""
+def _channel_keys(setting: Setting, stage: Advertised, seat: Seat) -> tuple[dict[int, bytes], dict[int, ChannelKeys]]:
+    """Return the key of the shares sent to every neighbour, and what is kept of its channel, by position."""
     session, device = seat.shape.session, setting.device
     outgoing: dict[int, bytes] = {}
-    incoming: dict[int, bytes] = {}
+    kept: dict[int, ChannelKeys] = {}
     for position, neighbour in seat.neighbours.items():
         secret, peer = stage.channel.agree(neighbour.channel_key), neighbour.device
         outgoing[position] = keys.share_channel_key(secret, session=session, sender=device, recipient=peer)
-        incoming[position] = keys.share_channel_key(secret, session=session, sender=peer, recipient=device)
-    return outgoing, incoming
+        kept[position] = ChannelKeys(
+            incoming=keys.share_channel_key(secret, session=session, sender=peer, recipient=device),
+            inclusion_sent=keys.inclusion_token(secret, session=session, sender=device, recipient=peer),
+            inclusion_wanted=keys.inclusion_token(secret, session=session, sender=peer, recipient=device),
+        )
+    return outgoing, kept
 
 
 def _open_shares(stage: KeysShared, position: int, ciphertext: bytes) -> HeldShares:
-    content = keys.decrypt_shares(stage.incoming[position], ciphertext, session=stage.seat.shape.session)
-    return HeldShares(content[: shamir.SHARE_BYTES], content[shamir.SHARE_BYTES :])
+    channel = stage.channels[position]
+    content = keys.decrypt_shares(channel.incoming, ciphertext, session=stage.seat.shape.session)
+    return HeldShares(content[: shamir.SHARE_BYTES], content[shamir.SHARE_BYTES :], channel.inclusion_wanted)
 
 
 def _mask_in_place(setting: Setting, stage: KeysShared, positions: Sequence[int]) -> None:
@@ -294,6 +313,18 @@ def _check_signatures(setting: Setting, stage: SurvivorsSigned, request: Unmaski
         signers.add(device)
     if len(signers) < seat.shape.threshold:
         raise RemoteProtocolError(f"{len(signers)} neighbours signed the survivor set, not {seat.shape.threshold}")
+
+
+def _check_inclusions(stage: InputMasked, request: UnmaskingRequest) -> None:
+    """Check that every surviving neighbour has masked with this device, by the token that only it can make.
+
+    Without this a server that tells two sides of a ring different lists of who shared keys could have one side answer
+    for the self seeds of members whose pairwise masks all lie on the other.
+    """
+    alive = set(request.survivors)
+    wanted = b"".join(held.inclusion for position, held in stage.held.items() if position in alive)
+    if not hmac.compare_digest(wanted, request.inclusions):
+        raise CryptoError("a neighbour among the survivors has not masked with this device")
 
 
 def _shares_for(stage: InputMasked, survivors: Sequence[int]) -> Unmasking:

@@ -22,6 +22,8 @@ SECRET_BYTES = 32
 PUBLIC_KEY_BYTES = 32
 NONCE_BYTES = 32
 TAG_BYTES = 16
+INCLUSION_BYTES = 16
+"""Length of an inclusion token."""
 MASK_KEY_BYTES: dict[Cipher, int] = {"aes-128-ctr": 16, "chacha20": 32}
 """Length of a mask stream's key, by cipher."""
 _SHARE_CIPHER = "chacha20-poly1305"
@@ -105,6 +107,11 @@ def pairwise_mask_key(secret: bytes, *, session: bytes, lower: str, upper: str, 
 def share_channel_key(secret: bytes, *, session: bytes, sender: str, recipient: str) -> bytes:
     """Return the key that encrypts the shares from `sender` to `recipient`; the other direction has another."""
     return _derive(secret, session, _SHARE_KEY_BYTES, labels.SHARE_CHANNEL, sender, recipient, _SHARE_CIPHER)
+
+
+def inclusion_token(secret: bytes, *, session: bytes, sender: str, recipient: str) -> bytes:
+    """Return the 16 bytes by which `sender` tells `recipient` "I masked with you"; nobody else can make them."""
+    return _derive(secret, session, INCLUSION_BYTES, labels.INCLUSION, sender, recipient)
 
 
 def encrypt_shares(key: bytes, shares: bytes, *, session: bytes) -> bytes:

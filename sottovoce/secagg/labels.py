@@ -29,5 +29,8 @@ PAIRWISE_MASK: Final = b"sv1/pairwise-mask"
 SHARE_CHANNEL: Final = b"sv1/share-channel"
 """Key that encrypts shares from one member to another, from the X25519 secret of two channel keys."""
 
+INCLUSION: Final = b"sv1/inclusion"
+"""Token by which one member tells another that it masked with it, from the X25519 secret of two channel keys."""
+
 HASH_LABELS: Final = (LEAF, MERKLE_INNER, SESSION, GRAPH, SELF_SEED_COMMITMENT, SURVIVORS, SHARE_SUBSETS)
-KEY_LABELS: Final = (SELF_MASK, PAIRWISE_MASK, SHARE_CHANNEL)
+KEY_LABELS: Final = (SELF_MASK, PAIRWISE_MASK, SHARE_CHANNEL, INCLUSION)

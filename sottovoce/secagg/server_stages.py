@@ -94,6 +94,7 @@ class CollectingInputs:
         commitments: Position -> commitment, of every member that shared keys.
         total: The accumulator.
         announced: Position -> the vector that was announced, until it has been added.
+        inclusions: Position -> neighbour's position -> the token made for that neighbour (active mode).
         added: Positions whose vector is in the total.
     """
 
@@ -101,6 +102,7 @@ class CollectingInputs:
     commitments: Mapping[int, bytes]
     total: bytearray = field(repr=False)
     announced: dict[int, BlobRef] = field(default_factory=dict)
+    inclusions: dict[int, dict[int, bytes]] = field(default_factory=dict, repr=False)
     added: set[int] = field(default_factory=set)
 
     def waiting_for(self) -> frozenset[str]:

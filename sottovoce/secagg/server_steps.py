@@ -97,7 +97,7 @@ def take_announcement(agreement: Agreement, stage: CollectingInputs, opened: Ope
 
     Raises:
         RemoteProtocolError: The member has not shared keys in time.
-        MalformedMessage: The vector does not have the session's length.
+        MalformedMessage: The vector does not have the session's length, or not one token comes for every neighbour.
     """
     position = _position(stage.cohort, opened.certificate)
     if position not in stage.commitments:
@@ -105,7 +105,8 @@ def take_announcement(agreement: Agreement, stage: CollectingInputs, opened: Ope
     size = opened.message.vector.size
     if size != agreement.parameters.vector_bytes:
         raise MalformedMessage(f"{opened.certificate.name} announced {size} bytes, not the session's vector")
-    stage.announced[position] = opened.message.vector
+    tokens = _tokens_by_neighbour(agreement, stage, position, opened.message.inclusions)
+    stage.announced[position], stage.inclusions[position] = opened.message.vector, tokens
 
 
 def take_signature(agreement: Agreement, stage: CheckingConsistency, opened: Opened[SurvivorsSignature]) -> None:
@@ -222,7 +223,10 @@ def close_consistency(agreement: Agreement, stage: CheckingConsistency) -> tuple
         beside = [other for other in cohort.neighbours[position] if other in signers][: cohort.shape.threshold]
         if len(beside) == cohort.shape.threshold:
             shown = tuple(stage.answers[other] for other in beside)
-            requests[cohort.members[position].device] = UnmaskingRequest(survivors=stage.survivors, signatures=shown)
+            told = [stage.inputs.inclusions[other] for other in cohort.neighbours[position] if other in stage.alive]
+            requests[cohort.members[position].device] = UnmaskingRequest(
+                survivors=stage.survivors, signatures=shown, inclusions=b"".join(tokens[position] for tokens in told)
+            )
     if len(requests) < cohort.shape.threshold:
         needed = cohort.shape.threshold + 1
         raise RoundAbandoned("too_few_signatures", f"{len(signers)} survivors signed their set, {needed} are needed")
@@ -254,6 +258,18 @@ def _position(cohort: Cohort, sender: Certificate) -> int:
     if position is None or cohort.members[position].certificate.fingerprint != sender.fingerprint:
         raise RemoteProtocolError(f"{sender.name} is not in this session's roster with this certificate")
     return position
+
+
+def _tokens_by_neighbour(
+    agreement: Agreement, stage: CollectingInputs, position: int, inclusions: bytes
+) -> dict[int, bytes]:
+    """Return the inclusion tokens of the member at `position`, by the neighbour that each is for."""
+    active, length = agreement.parameters.mode == "active", keys.INCLUSION_BYTES
+    partners = [other for other in stage.cohort.neighbours[position] if active and other in stage.commitments]
+    if len(inclusions) != length * len(partners):
+        name = stage.cohort.members[position].device
+        raise MalformedMessage(f"{name} did not send one inclusion token for every neighbour that shared keys")
+    return {other: inclusions[length * i : length * (i + 1)] for i, other in enumerate(partners)}
 
 
 def _shape_chosen(agreement: Agreement, rule: GraphRule, leaves: Sequence[bytes]) -> Shape:

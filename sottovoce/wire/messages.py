@@ -163,9 +163,12 @@ class MaskedInput(Message, frozen=True):
 
     Attributes:
         vector: Digest, size and chunk digests of the masked vector.
+        inclusions: In active mode one token of 16 bytes for every neighbour that this device masked with, in order of
+            position: without it, that neighbour will not answer for this device's self seed. Else empty.
     """
 
     vector: BlobRef
+    inclusions: bytes = b""
 
 
 class SurvivorsSignature(Message, frozen=True):
@@ -302,10 +305,12 @@ class UnmaskingRequest(Message, frozen=True):
     Attributes:
         survivors: Sorted roster positions of U3.
         signatures: In active mode the signed envelopes of neighbours' SurvivorsSignature messages.
+        inclusions: In active mode the tokens that this device's surviving neighbours made for it, in order of position.
     """
 
     survivors: tuple[int, ...]
     signatures: tuple[bytes, ...]
+    inclusions: bytes = b""
 
 
 class RoundOver(Message, frozen=True):

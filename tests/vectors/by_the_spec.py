@@ -321,6 +321,11 @@ def share_channel_key(secret: bytes, sender: str, recipient: str, *, session: by
     return derived(secret, "sv1/share-channel", sender, recipient, "chacha20-poly1305", session=session, length=32)
 
 
+def inclusion_token(secret: bytes, sender: str, recipient: str, *, session: bytes) -> bytes:
+    """By this `sender` tells `recipient` that it masked with it."""
+    return derived(secret, "sv1/inclusion", sender, recipient, session=session, length=16)
+
+
 def encrypt(key: bytes, shares: bytes, *, session: bytes) -> bytes:
     return ChaCha20Poly1305(key).encrypt(bytes(12), shares, session)
 

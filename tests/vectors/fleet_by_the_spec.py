@@ -245,7 +245,7 @@ class _Conductor:
         requests: dict[str, tuple[str, Fields]] = {}
         for position in self.asked:
             others = [self.signatures[other] for other in self.signatures if other != position][: self.t]
-            fields = [list(self.transcript.survivors), others]
+            fields = [list(self.transcript.survivors), others, self._tokens_for(position)]
             requests[self.members[position].signer.name] = ("UnmaskingRequest", fields)
         answers = self.ask("unmasking", requests, self.session)
         if len(answers) < self.t:
@@ -278,6 +278,16 @@ class _Conductor:
                 sign = -1 if other == low else 1
                 total = spec.combined(agreed.parameters, total, spec.stream(cipher, key, length), sign)
         transcript.total = total
+
+    def _tokens_for(self, recipient: int) -> bytes:
+        if self.agreed.parameters["mode"] == "curious":
+            return b""
+        tokens = b""
+        for sender in self.transcript.survivors:
+            sent = self.transcript.body("masked_input", self.members[sender].signer.name, answer=True)[1]
+            at = 16 * [p for p in self.shared if p != sender].index(recipient) if sender != recipient else len(sent)
+            tokens += sent[at : at + 16]
+        return tokens
 
     def _needed(self) -> int:
         return spec.members_needed(self.n, self.agreed.parameters)

@@ -127,7 +127,9 @@ class SpecDevice:
             secret = spec.agreed(self.mask, peer.mask_key)
             self._add(spec.pairwise_mask_key(secret, *names, cipher, session=self.session), 1 if lower else -1)
         self.vector = spec.packed_vector(parameters, self.vector)
-        return [spec.reference(self.vector, self.chunk_bytes)]
+        active = parameters["mode"] == "active"
+        tokens = [self._token(position, outgoing=True) for position in self.held] if active else []
+        return [spec.reference(self.vector, self.chunk_bytes), b"".join(tokens)]
 
     def sign_survivors(self, survivors: list[int]) -> Fields:
         """Stage 5."""
@@ -135,12 +137,14 @@ class SpecDevice:
         self.signed = spec.survivors_digest(self.session, survivors)
         return [self.signed]
 
-    def unmask(self, survivors: list[int], signatures: list[bytes]) -> Fields:
+    def unmask(self, survivors: list[int], signatures: list[bytes], inclusions: bytes) -> Fields:
         """Stage 6."""
         self._check(survivors)
         if self.agreement.parameters["mode"] == "active":
             self._check_signatures(survivors, signatures)
-        elif signatures:
+            if inclusions != b"".join(self._token(p, outgoing=False) for p in self.held if p in survivors):
+                raise Refused("a neighbour has not masked with this device")
+        elif signatures or inclusions:
             raise Refused("signatures in curious mode")
         seeds = {p: shares[:36] for p, shares in self.held.items()} | {self.position: self.own_share}
         dropped = [p for p in sorted(self.held) if p not in survivors]
@@ -191,6 +195,11 @@ class SpecDevice:
         peer = self.neighbours[position]
         names = (self.signer.name, peer.device) if outgoing else (peer.device, self.signer.name)
         return spec.share_channel_key(spec.agreed(self.channel, peer.channel_key), *names, session=self.session)
+
+    def _token(self, position: int, *, outgoing: bool) -> bytes:
+        peer = self.neighbours[position]
+        names = (self.signer.name, peer.device) if outgoing else (peer.device, self.signer.name)
+        return spec.inclusion_token(spec.agreed(self.channel, peer.channel_key), *names, session=self.session)
 
     def _add(self, key: bytes, sign: int) -> None:
         parameters: Mapping[str, Any] = self.agreement.parameters

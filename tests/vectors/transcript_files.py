@@ -106,6 +106,8 @@ def _of_shares(transcript: Transcript, device: SpecDevice) -> dict[str, Any]:
             "agreed": spec.agreed(device.channel, peer.channel_key),
             "to": device._share_key(position, outgoing=True),
             "from": device._share_key(position),
+            "inclusion_to": device._token(position, outgoing=True),
+            "inclusion_from": device._token(position, outgoing=False),
         }
         for position, peer in device.neighbours.items()
     }
@@ -162,9 +164,13 @@ def device_refusals() -> Iterator[Vector]:
             yield _to_device(name, stage, kind, f"survivors: {comment}", change, error, "Survivors")
     for comment, change, error, flag in _unmaskings():
         yield _to_device("active-6-dropout", "unmasking", "UnmaskingRequest", comment, change, error, flag)
+    yield _to_device(
+        "curious-5-early", "unmasking", "UnmaskingRequest", "tokens in curious mode", lambda f: [*f[:2], bytes(48)],
+        "MalformedMessage", "Inclusion",
+    )  # fmt: skip
     flag = "Signatures"
     yield _to_device(
-        "curious-5-early", "unmasking", "UnmaskingRequest", "signatures in curious mode", lambda f: [f[0], [b"x"]],
+        "curious-5-early", "unmasking", "UnmaskingRequest", "signatures in curious mode", lambda f: [f[0], [b"x"], b""],
         "MalformedMessage", flag,
     )  # fmt: skip
 
@@ -332,29 +338,55 @@ def _survivor_sets() -> Iterator[tuple[str, Callable[[list[int], int], list[int]
 def _unmaskings() -> Iterator[Row]:
     remote, malformed, flag = "RemoteProtocolError", "MalformedMessage", "Signatures"
     everybody = list(range(6))
-    yield "one signature too few", lambda f: [f[0], f[1][1:]], remote, flag
-    yield "no signatures", lambda f: [f[0], []], remote, flag
-    yield "a signature twice", lambda f: [f[0], [*f[1][1:], f[1][1]]], malformed, flag
-    yield "not an envelope", lambda f: [f[0], [*f[1][1:], b"nothing"]], malformed, flag
-    yield "another set than the one signed", lambda f: [everybody, f[1]], remote, flag
-    yield "another set, signed by corrupt peers as well", lambda f: [everybody, _all_sign(everybody)], remote, flag
-    yield "a peer's signature on another set", lambda f: [f[0], [*f[1], _sign("pi-2", everybody)]], malformed, flag
+    yield "one signature too few", lambda f: [f[0], f[1][1:], f[2]], remote, flag
+    yield "no signatures", lambda f: [f[0], [], f[2]], remote, flag
+    yield "a signature twice", lambda f: [f[0], [*f[1][1:], f[1][1]], f[2]], malformed, flag
+    yield "not an envelope", lambda f: [f[0], [*f[1][1:], b"nothing"], f[2]], malformed, flag
+    yield "another set than the one signed", lambda f: [everybody, *f[1:]], remote, flag
+    yield (
+        "another set, signed by corrupt peers as well",
+        lambda f: [everybody, _all_sign(everybody), f[2]],
+        remote,
+        flag,
+    )
+    yield (
+        "a peer's signature on another set",
+        lambda f: [f[0], [*f[1], _sign("pi-2", everybody)], f[2]],
+        malformed,
+        flag,
+    )
     yield (
         "a survivor's signature on another set",
-        lambda f: [f[0], [*f[1], _other_survivor(everybody)]],
+        lambda f: [f[0], [*f[1], _other_survivor(everybody)], f[2]],
         "Equivocation",
         flag,
     )
-    yield "its own signature", lambda f: [f[0], [*f[1][1:], _sign(_victim_name(), f[0])]], malformed, flag
+    yield "its own signature", lambda f: [f[0], [*f[1][1:], _sign(_victim_name(), f[0])], f[2]], malformed, flag
     yield (
         "a signature of another session",
-        lambda f: [f[0], [*f[1][1:], _spare(f, session=b"o" * 32)]],
+        lambda f: [f[0], [*f[1][1:], _spare(f, session=b"o" * 32)], f[2]],
         "Replayed",
         flag,
     )
-    yield "a signature of another round", lambda f: [f[0], [*f[1][1:], _spare(f, round=6)]], "Replayed", flag
-    yield "a signature with s in the upper half", lambda f: [f[0], [*f[1][1:], _high_s(f[1][0])]], "BadSignature", flag
-    yield "another key's signature", lambda f: [f[0], [*f[1][1:], f[1][0][:-64] + f[1][1][-64:]]], "BadSignature", flag
+    yield "a signature of another round", lambda f: [f[0], [*f[1][1:], _spare(f, round=6)], f[2]], "Replayed", flag
+    yield (
+        "a signature with s in the upper half",
+        lambda f: [f[0], [*f[1][1:], _high_s(f[1][0])], f[2]],
+        "BadSignature",
+        flag,
+    )
+    yield (
+        "another key's signature",
+        lambda f: [f[0], [*f[1][1:], f[1][0][:-64] + f[1][1][-64:]], f[2]],
+        "BadSignature",
+        flag,
+    )
+    crypto, flag = "CryptoError", "Inclusion"
+    yield "no tokens", lambda f: [f[0], f[1], b""], crypto, flag
+    yield "a token missing", lambda f: [f[0], f[1], f[2][16:]], crypto, flag
+    yield "a token too many", lambda f: [f[0], f[1], f[2] + f[2][:16]], crypto, flag
+    yield "tokens in another order", lambda f: [f[0], f[1], f[2][16:32] + f[2][:16] + f[2][32:]], crypto, flag
+    yield "one bit of a token changed", lambda f: [f[0], f[1], bytes([f[2][0] ^ 1]) + f[2][1:]], crypto, flag
 
 
 def _victim_name() -> str:
@@ -468,6 +500,8 @@ def _answers() -> Iterator[tuple[str, str, str, Change, str]]:
     yield "share_keys", "ShareKeys", "a short ciphertext", lambda f: [f[0], [f[1][0][1:], *f[1][1:]]], malformed
     short = spec.reference(bytes(32), 16)
     yield "masked_input", "MaskedInput", "a vector of another length", _with(0, short), malformed
+    yield "masked_input", "MaskedInput", "a token missing", lambda f: [f[0], f[1][16:]], malformed
+    yield "masked_input", "MaskedInput", "no tokens", _with(1, b""), malformed
     yield "consistency_check", "SurvivorsSignature", "another set", _with(0, b"x" * 32), remote
     kind = "Unmasking"
     yield "unmasking", kind, "a share missing", lambda f: [f[0][1:], f[1]], malformed
@@ -507,7 +541,9 @@ def abandonments() -> Iterator[Vector]:
 
 
 def _spoiled(share: bytes, index: int) -> bytes:
-    return ((int.from_bytes(share[:2], "little") + 1 + index**3) % spec.PRIME).to_bytes(2, "little") + share[2:]
+    # Hashed, for errors that lie on a polynomial of low degree can vanish at 0 and leave the secret right.
+    error = 1 + int.from_bytes(spec.sha256(bytes([index])), "little") % (spec.PRIME - 1)
+    return ((int.from_bytes(share[:2], "little") + error) % spec.PRIME).to_bytes(2, "little") + share[2:]
 
 
 def _abandoned(name: str, stage: str, comment: str, replaced: dict[str, bytes]) -> Vector:

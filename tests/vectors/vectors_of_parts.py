@@ -199,6 +199,9 @@ def key_vectors() -> Iterator[Vector]:
         made = spec.share_channel_key(secret, sender, recipient, session=SESSION)
         also = {"info": spec.lp(b"sv1/share-channel", sender.encode(), recipient.encode(), b"chacha20-poly1305")}
         yield Vector("share_channel_key", f"from {sender} to {recipient}", inputs, made, also=also)
+        also = {"info": spec.lp(b"sv1/inclusion", sender.encode(), recipient.encode())}
+        token = spec.inclusion_token(secret, sender, recipient, session=SESSION)
+        yield Vector("inclusion_token", f"from {sender} to {recipient}", inputs, token, also=also)
     yield from _ciphertexts(secret)
 
 

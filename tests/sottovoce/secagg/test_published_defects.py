@@ -100,7 +100,7 @@ def test_flower_7522_the_entropy_behind_a_mask_is_drawn_whole(fleet: Any, fixed_
 
 def test_flower_one_id_alive_and_dropped_cannot_be_said() -> None:
     """Flower's unmasking request had two lists, and a client in both was unmasked. Here there is one set."""
-    assert UnmaskingRequest.__struct_fields__ == ("survivors", "signatures")
+    assert UnmaskingRequest.__struct_fields__ == ("survivors", "signatures", "inclusions")
     assert SurvivorsRequest.__struct_fields__ == ("survivors",)
     assert set(MaskedInputRequest.__struct_fields__) == {"shares"}
 
@@ -293,7 +293,7 @@ def test_fedml_lightsecagg_shares_in_the_clear_nobody_but_the_neighbour_opens_th
     assert isinstance(reader.stage, KeysShared)
     own = {ciphertext for _, ciphertext in requests[rehearsal.devices[0]].shares}
     for ciphertext in ciphertexts:
-        for key in reader.stage.incoming.values() if ciphertext not in own else ():
+        for key in (channel.incoming for channel in reader.stage.channels.values()) if ciphertext not in own else ():
             with pytest.raises(BadShare):
                 keys.decrypt_shares(key, ciphertext, session=reader.session_id)
 

@@ -6,6 +6,7 @@ Every attack ends in a named error; the device drops its secrets, the server kee
 from __future__ import annotations
 
 import datetime
+import hashlib
 from collections.abc import Callable
 from typing import Any
 
@@ -340,7 +341,7 @@ def test_a_limb_or_length_out_of_range_is_refused_though_it_decrypts(fleet: Any,
     device = rehearsal.devices[0]
     client = rehearsal.clients[device]
     position, _ = requests[device].shares[0]
-    ciphertext = keys.encrypt_shares(client.stage.incoming[position], shares, session=client.session_id)
+    ciphertext = keys.encrypt_shares(client.stage.channels[position].incoming, shares, session=client.session_id)
     forged = ((position, ciphertext), *requests[device].shares[1:])
     assert_refused(client, MaskedInputRequest(shares=forged), BadShare)
 
@@ -389,7 +390,7 @@ def test_a_survivor_set_that_cannot_be_is_refused(fleet: Any, mode: str, name: s
 
 def test_nobody_can_be_listed_alive_and_dropped_at_once() -> None:
     """The request holds one set; there is no second list to contradict it (flower's ServerSecAgg had two)."""
-    assert UnmaskingRequest.__struct_fields__ == ("survivors", "signatures")
+    assert UnmaskingRequest.__struct_fields__ == ("survivors", "signatures", "inclusions")
     assert SurvivorsRequest.__struct_fields__ == ("survivors",)
 
 
@@ -652,7 +653,9 @@ def test_the_server_refuses_signatures_and_shares_it_did_not_ask_for(fleet: Any)
 
 def wrong_share(content: bytes, liar: int = 0) -> bytes:
     """Another share that is in range, wrong in another way for every liar."""
-    limb = (int.from_bytes(content[:2], "little") + 1 + liar**3) % shamir.PRIME
+    # Hashed, for errors that lie on a polynomial of low degree can vanish at 0 and leave the secret right.
+    error = 1 + int.from_bytes(hashlib.sha256(bytes([liar])).digest(), "little") % (shamir.PRIME - 1)
+    limb = (int.from_bytes(content[:2], "little") + error) % shamir.PRIME
     return limb.to_bytes(2, "little") + content[2:]
 
 
@@ -704,3 +707,70 @@ def test_more_devices_than_the_session_allows_cannot_be_invited(fleet: Any) -> N
         fleet.server([f"pi-{number}" for number in range(6)], fleet.parameters(maximum_clients=5))
     with pytest.raises(ConfigError, match="k-regular"):
         fleet.server(["pi-1"], fleet.parameters(maximum_clients=201))
+
+
+# --- "I masked with you": the inclusion tokens of active mode ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("change", ["none", "one missing", "one bit", "two swapped"])
+def test_a_device_answers_only_for_neighbours_that_masked_with_it(fleet: Any, change: str) -> None:
+    rehearsal = fleet.rehearse(8)
+    requests = rehearsal.run_until(CollectingShares)
+    device = rehearsal.devices[0]
+    told = requests[device].inclusions
+    assert len(told) == 7 * keys.INCLUSION_BYTES
+    changed = {
+        "none": b"",
+        "one missing": told[16:],
+        "one bit": bytes([told[0] ^ 1]) + told[1:],
+        "two swapped": told[16:32] + told[:16] + told[32:],
+    }[change]
+    assert_refused(rehearsal.clients[device], replace(requests[device], inclusions=changed), CryptoError)
+
+
+def test_a_member_told_another_list_of_sharers_gets_no_answer_from_those_it_left_out(fleet: Any) -> None:
+    """The server hides one honest sharer from another; the hidden one does not answer once the other survives."""
+    rehearsal = fleet.rehearse(9)
+    requests = rehearsal.run_until(CollectingInputs)
+    left_out, misled = rehearsal.devices[:2]
+    cohort = rehearsal.server.stage.cohort
+    fewer = tuple(share for share in requests[misled].shares if share[0] != cohort.position_of[left_out])
+    tokens: dict[str, bytes] = {}
+    for device, request in requests.items():
+        answer = rehearsal.clients[device].receive(replace(request, shares=fewer) if device == misled else request)
+        partners = [position for position, _ in (fewer if device == misled else request.shares)]
+        at = partners.index(cohort.position_of[left_out]) if cohort.position_of[left_out] in partners else None
+        tokens[device] = b"" if at is None else answer.inclusions[16 * at : 16 * at + 16]
+    survivors = tuple(range(9))
+    signatures = []
+    for device in rehearsal.devices:
+        if device != misled:  # It would refuse: one of the survivors never shared keys, as it was told.
+            rehearsal.clients[device].receive(SurvivorsRequest(survivors=survivors))
+            if device != left_out:
+                signatures.append(signed(rehearsal, device, survivors))
+    others = [cohort.members[p].device for p in survivors if cohort.members[p].device != left_out]
+    told = b"".join(tokens[device] or bytes(16) for device in others)
+    request = UnmaskingRequest(survivors=survivors, signatures=tuple(signatures), inclusions=told)
+    assert_refused(rehearsal.clients[left_out], request, CryptoError, "has not masked with this device")
+
+
+@pytest.mark.parametrize("length", [0, 15, 6 * 16, 8 * 16])
+def test_the_server_wants_one_token_for_every_neighbour_that_shared_keys(fleet: Any, length: int) -> None:
+    rehearsal = fleet.rehearse(8)
+    requests = rehearsal.run_until(CollectingInputs)
+    device = rehearsal.devices[0]
+    answer = rehearsal.clients[device].receive(requests[device])
+    short = rehearsal.opened(device, replace(answer, inclusions=bytes(length)))
+    before = rehearsal.server.waiting_for()
+    with pytest.raises(MalformedMessage, match="one inclusion token for every neighbour"):
+        rehearsal.server.receive(short)
+    assert rehearsal.server.waiting_for() == before
+    assert rehearsal.server.expected_vector(device) is None
+
+
+def test_in_curious_mode_there_are_no_tokens(fleet: Any) -> None:
+    rehearsal = fleet.rehearse(8, parameters=fleet.parameters(mode="curious"))
+    requests = rehearsal.run_until(CollectingShares)
+    device = rehearsal.devices[0]
+    assert requests[device].inclusions == b""
+    assert_refused(rehearsal.clients[device], replace(requests[device], inclusions=bytes(16)), MalformedMessage)

@@ -55,9 +55,10 @@ class Attacker:
         self.seeds: dict[int, bytes] = {}
         self.seed_shares: defaultdict[int, dict[int, bytes]] = defaultdict(dict)
         self.key_shares: defaultdict[int, dict[int, bytes]] = defaultdict(dict)
+        self.tokens: dict[tuple[int, int], bytes] = {}
 
-    def enter(self) -> None:
-        """Let the members mask their vectors, reading along."""
+    def enter(self, *, deliver: bool = True) -> None:
+        """Let the members mask their vectors, reading along; without `deliver` no honest server hears of it."""
         self.cohort = self.rehearsal.server.stage.cohort
         self.shape = self.cohort.shape
         for device in self.corrupt:
@@ -66,7 +67,12 @@ class Attacker:
             self.pairs[position], self.seeds[position] = stage.mask, stage.self_seed
         requests = {reply.device: reply.message for reply in self.rehearsal.server.outstanding()}
         for device, request in requests.items():
-            self.rehearsal.answer(device, request)
+            if deliver:
+                self.rehearsal.answer(device, request)
+            answer = self.rehearsal.clients[device].receive(request)
+            partners = [position for position, _ in request.shares]
+            for at, partner in zip(range(0, len(answer.inclusions), 16), partners, strict=False):
+                self.tokens[self.position(device), partner] = answer.inclusions[at : at + 16]
             self.hold(device)
 
     def hold(self, device: str) -> None:
@@ -90,6 +96,10 @@ class Attacker:
     def ask(self, device: str, request: Any, *errors: type[SottovoceError]) -> Any:
         """Send `request`; keep the answer, or check that the device ends the session by one of `errors`."""
         client = self.rehearsal.clients[device]
+        if isinstance(request, UnmaskingRequest) and not request.inclusions:
+            pairs = ((survivor, self.position(device)) for survivor in request.survivors)
+            told = b"".join(self.tokens.get(pair, b"") for pair in pairs)
+            request = msgspec.structs.replace(request, inclusions=told)
         if not errors:
             answer = client.receive(request)
             if isinstance(answer, Unmasking):
@@ -282,7 +292,7 @@ def test_shares_withheld_as_far_as_the_device_lets_them(fleet: Any, mode: str) -
     rest = [share for share in requests[victim].shares if share[0] not in corrupt]
     fewest = sorted(first + rest[: cohort.shape.threshold - 1 - CORRUPT])
     rehearsal.server._requests[victim] = replace(requests[victim], shares=tuple(fewest))
-    attacker.enter()
+    attacker.enter(deliver=False)
     assert_noise(attacker.best([attacker.position(victim)]), rehearsal.plain[victim])
 
 

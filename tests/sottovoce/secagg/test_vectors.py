@@ -232,6 +232,9 @@ OPERATIONS: dict[str, Callable[[Any], Any]] = {
     "share_channel_key": lambda i: keys.share_channel_key(
         raw(i["secret"]), session=raw(i["session"]), sender=i["sender"], recipient=i["recipient"]
     ),
+    "inclusion_token": lambda i: keys.inclusion_token(
+        raw(i["secret"]), session=raw(i["session"]), sender=i["sender"], recipient=i["recipient"]
+    ),
     "encrypt": lambda i: keys.encrypt_shares(raw(i["key"]), raw(i["shares"]), session=raw(i["session"])),
     "decrypt": lambda i: keys.decrypt_shares(raw(i["key"]), raw(i["ciphertext"]), session=raw(i["session"])),
     "limbs": lambda i: shamir._limbs_of(raw(i["secret"])).tolist(),
@@ -408,6 +411,9 @@ def test_the_intermediate_values_of_a_transcript_are_the_codes(name: str) -> Non
             out = keys.share_channel_key(secret, session=number, sender=device, recipient=peer)
             back = keys.share_channel_key(secret, session=number, sender=peer, recipient=device)
             assert (out.hex(), back.hex()) == (channel["to"], channel["from"])
+            out = keys.inclusion_token(secret, session=number, sender=device, recipient=peer)
+            back = keys.inclusion_token(secret, session=number, sender=peer, recipient=device)
+            assert (out.hex(), back.hex()) == (channel["inclusion_to"], channel["inclusion_from"])
         for peer, pairwise in written.get("pairwise_masks", {}).items():
             secret = keys.key_pair(raw(written["mask_secret"])).agree(raw(session.devices[peer]["mask_key"]))
             lower, upper = (device, peer) if pairwise["sign"] == "+" else (peer, device)
