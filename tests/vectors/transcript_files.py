@@ -342,6 +342,8 @@ def _unmaskings() -> Iterator[Row]:
     yield "no signatures", lambda f: [f[0], [], f[2]], remote, flag
     yield "a signature twice", lambda f: [f[0], [*f[1][1:], f[1][1]], f[2]], malformed, flag
     yield "not an envelope", lambda f: [f[0], [*f[1][1:], b"nothing"], f[2]], malformed, flag
+    yield "an unknown member in the set that was signed", lambda f: [[*f[0], 6], *f[1:]], malformed, flag
+    yield "the set that was signed, unsorted", lambda f: [f[0][::-1], *f[1:]], malformed, flag
     yield "another set than the one signed", lambda f: [everybody, *f[1:]], remote, flag
     yield (
         "another set, signed by corrupt peers as well",

@@ -300,6 +300,13 @@ class Expect:
     def connected(self, transport: Transport) -> Connected:
         return self.event(transport, Connected)
 
+    def acknowledged(self, transport: Transport) -> None:
+        """Wait until every publish is acknowledged, without receiving: what was received last stays unacknowledged."""
+        deadline_s = time.monotonic() + DEADLINE_S
+        while transport.pending():
+            time.sleep(0.002)
+            assert time.monotonic() < deadline_s, "publishes are still not acknowledged"
+
     def nothing_pending(self, transport: Transport) -> list[Event]:
         """Wait until every publish is acknowledged and return the events that came meanwhile."""
         deadline_s = time.monotonic() + DEADLINE_S

@@ -72,6 +72,8 @@ def test_a_delivery_is_acknowledged_by_the_next_receive_and_not_before(harness, 
         coordinator.publish(topic, payload)
     assert expect.delivery(device, topic).payload == b"one"
     assert expect.delivery(device, topic).payload == b"two"  # acknowledges "one"
+    device.publish(harness.topics.up_message("pi-1"), b"on the same link, so behind the acknowledgement")
+    expect.acknowledged(device)
     harness.kill("pi-1")
     restarted = harness.connect("pi-1")
     coordinator.publish(topic, b"three")
