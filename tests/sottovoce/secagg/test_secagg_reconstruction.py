@@ -27,13 +27,19 @@ from sottovoce.errors import (
 )
 from sottovoce.identity import SignedContext
 from sottovoce.plan import Aggregation, Counted, LocalWork, Plan, PrivacyTerms, blob_ref
-from sottovoce.secagg import keys, shamir
+from sottovoce.secagg import keys, server_steps, shamir
 from sottovoce.secagg.client_stages import Aborted, InputMasked, KeysShared
 from sottovoce.secagg.graph import GraphParameters
 from sottovoce.secagg.lanes import decode, encode, layout_of
 from sottovoce.secagg.masks import MaskExpander
 from sottovoce.secagg.segments import add_into
-from sottovoce.secagg.server_stages import CheckingConsistency, CollectingInputs, CollectingShares, Unmasked
+from sottovoce.secagg.server_stages import (
+    CheckingConsistency,
+    CollectingInputs,
+    CollectingShares,
+    GivenShares,
+    Unmasked,
+)
 from sottovoce.secagg.transcript import survivors_digest
 from sottovoce.wire.codec import seal
 from sottovoce.wire.messages import SurvivorsRequest, SurvivorsSignature, Unmasking, UnmaskingRequest
@@ -484,6 +490,20 @@ def test_a_whole_neighbourhood_on_the_ring_listed_as_dropped(ring: Attacker) -> 
     survivors = tuple(position for position in range(RING) if position not in around)
     ring.ask(device, SurvivorsRequest(survivors=survivors), RemoteProtocolError)
     assert_noise(ring.best([victim]), ring.rehearsal.plain[device])
+
+
+def test_the_server_gives_up_when_one_neighbourhood_on_the_ring_has_too_few_left(ring: Attacker) -> None:
+    """Enough members in all, but k - t + 1 of one member's neighbours are gone, before or after U3 is fixed."""
+    checking, agreement = ring.rehearsal.server.stage, ring.rehearsal.server._agreement
+    (victim,) = on_the_ring(ring, [5])
+    gone = set(ring.shape.neighbours(victim)[: NEIGHBOURS - SHARES + 1])
+    staying = set(range(RING)) - gone
+    with pytest.raises(RoundAbandoned, match="too_few_shares"):
+        server_steps.close_inputs(agreement, replaced(checking.inputs, added=staying))
+    answers = {position: GivenShares((), shamir.parse_shares([])) for position in staying}
+    collecting = CollectingShares(checking.inputs, checking.survivors, checking.alive, frozenset(range(RING)), answers)
+    with pytest.raises(RoundAbandoned, match="too_few_shares"):
+        server_steps.close_unmasking(agreement, collecting)
 
 
 def test_not_prevented_t_neighbours_on_the_ring_rebuild_and_t_minus_one_do_not(ring: Attacker) -> None:
