@@ -60,8 +60,10 @@ class Journal:
             raise ConfigError(f"there is no journal {path}; `coordinator submit` or `coordinator run` makes it")
         uri = f"{path.resolve().as_uri()}?mode={'ro' if read_only else 'rwc'}"
         try:
+            if not read_only:
+                path.touch(mode=0o600)  # SQLite gives its -wal and -shm files the same mode.
             self._db = sqlite3.connect(uri, uri=True, timeout=_BUSY_TIMEOUT_S, isolation_level=None)
-        except sqlite3.Error as error:
+        except (OSError, sqlite3.Error) as error:
             raise ConfigError(f"cannot open the journal {path}: {error}") from error
         self._db.row_factory = sqlite3.Row
         try:

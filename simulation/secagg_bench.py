@@ -250,7 +250,7 @@ def _show(options: Options, figures: Figures, console: Console) -> None:
     )
     console.print(table)
     for line in (
-        "device: the median; identities: signing, and verifying signatures, also by hashing the uploads they cover",
+        "device: the median; identities: signing, and verifying signatures",
         f"certificate chains are cached; all of them cold: {figures.client_cold_chains_ms:.1f} ms more a device",
         f"bytes a device, without the model: {figures.up_bytes:,} up, {figures.down_bytes:,} down",
         f"expansion, up: {figures.expansion_float32:.3f} of float32, {figures.expansion_input:.3f} of the "

@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from statistics import mean
 from types import TracebackType
-from typing import ClassVar
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
@@ -22,7 +21,6 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from sottovoce.identity import Certificate, Identity, Role, TrustAnchor, new_key, subject
-from sottovoce.plan import BlobRef
 
 FLEET = "bench"
 COORDINATOR = "coordinator"
@@ -79,23 +77,11 @@ class MeteredCertificate(Certificate):
             Certificate.verify(self, signature, content)
 
 
-class MeteredReference(BlobRef, frozen=True):
-    """The reference of a masked vector that charges hashing the vector to the verification of its signature."""
-
-    meter: ClassVar[Meter]
-
-    def verify(self, content: bytes | bytearray | memoryview) -> None:
-        """Raise BadBlob unless `content` is this blob."""
-        with self.meter.line(SIGNATURES):
-            BlobRef.verify(self, content)
-
-
 class MeteredAnchor(TrustAnchor):
     """A trust anchor that charges the verification of chains to a line of its own."""
 
     def __init__(self, ca_certificate: x509.Certificate, meter: Meter, *, remembered: int) -> None:
         super().__init__(ca_certificate, remembered=remembered)
-        MeteredReference.meter = meter
         self._meter = meter
         self._metered: dict[bytes, MeteredCertificate] = {}
 

@@ -11,15 +11,14 @@ import random
 import resource
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, TypeAlias
 
-import msgspec
 import numpy as np
 
 from coordinator.graph_parameters import graph_parameters
-from simulation.secagg_bench_fleet import COORDINATOR, FLEET, SIGNATURES, BenchFleet, Meter, MeteredReference
+from simulation.secagg_bench_fleet import COORDINATOR, FLEET, SIGNATURES, BenchFleet, Meter
 from sottovoce.errors import RoundAbandoned
 from sottovoce.identity import SignedContext
 from sottovoce.plan import (
@@ -41,8 +40,8 @@ from sottovoce.secagg.server_stages import Unmasked
 from sottovoce.secagg.server_steps import AT_ONCE, Spread
 from sottovoce.types import Array
 from sottovoce.wire.chunks import VectorChunk, encode_vector_chunk
-from sottovoce.wire.codec import ALL, Opened, open_envelope, parse, seal
-from sottovoce.wire.messages import AdvertiseKeysRequest, Cipher, MaskedInput, Message, Mode, Roster, SecAggParameters
+from sottovoce.wire.codec import ALL, open_envelope, parse, seal
+from sottovoce.wire.messages import AdvertiseKeysRequest, Cipher, Message, Mode, Roster, SecAggParameters
 
 DropStage: TypeAlias = Literal["before-keys", "after-advertising", "after-keys", "after-input"]
 LAST_STAGES: Mapping[DropStage, int] = {"before-keys": 0, "after-advertising": 1, "after-keys": 2, "after-input": 3}
@@ -304,7 +303,7 @@ class Bench:
         meter = self._meter
         with meter.line(SIGNATURES):
             envelope = parse(payload)
-            opened = _metered(open_envelope(envelope, self._fleet.devices[device].certificate, payload))
+            opened = open_envelope(envelope, self._fleet.devices[device].certificate, payload)
         with meter.line(SESSION):
             self._server.receive(opened)
         if self._server.expected_vector(device) is not None:
@@ -336,14 +335,6 @@ class _Updates:
     def of(self, device: str) -> Array:
         values: Array = self._values[int(device.rpartition("-")[2]) % _DISTINCT_UPDATES]
         return values
-
-
-def _metered(opened: Opened[Any]) -> Opened[Any]:
-    """Return the same message; a masked vector's reference also notes the time of hashing the vector."""
-    if not isinstance(opened.message, MaskedInput):
-        return opened
-    reference = MeteredReference(**msgspec.structs.asdict(opened.message.vector))
-    return replace(opened, message=msgspec.structs.replace(opened.message, vector=reference))
 
 
 def _upload_bytes(session: bytes, vector: bytearray) -> int:

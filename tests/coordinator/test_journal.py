@@ -162,3 +162,9 @@ def test_it_survives_being_closed_at_any_time(tmp_path: Path) -> None:
     with Journal(path) as after:
         assert [row.phase for row in after.open_rounds()] == ["selection"]
         assert after.next_number() == (1, 1)
+
+
+def test_only_its_owner_can_read_the_journal(tmp_path):
+    with Journal(tmp_path / "journal.sqlite"):
+        modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    assert set(modes.values()) == {0o600}, modes

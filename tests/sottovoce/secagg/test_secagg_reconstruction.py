@@ -18,6 +18,7 @@ import pytest
 
 from sottovoce.errors import (
     BadShare,
+    ConfigError,
     Equivocation,
     PolicyRefusal,
     RemoteProtocolError,
@@ -521,6 +522,28 @@ def test_not_prevented_t_neighbours_on_the_ring_rebuild_and_t_minus_one_do_not(r
             assert_noise(reader.best([victim]), ring.rehearsal.plain[device])
         else:
             assert reader.best([victim]) == ring.rehearsal.plain[device]
+
+
+def test_the_server_abandons_the_round_when_no_graph_is_safe_for_those_who_came(fleet: Any) -> None:
+    def no_graph(members: int) -> GraphParameters:
+        raise ConfigError(f"no graph for {members}")
+
+    for rule in (no_graph, lambda members: GraphParameters(members - 1, 2)):
+        rehearsal = room(fleet, graph_rule=rule)
+        rehearsal.advertise(rehearsal.devices)
+        with pytest.raises(RoundAbandoned, match="no_graph"):
+            rehearsal.close()
+
+
+@pytest.mark.parametrize("came", [0, 2])
+def test_the_server_asks_for_no_graph_when_too_few_came(fleet: Any, came: int) -> None:
+    """A rule need not know what to do with so few: it is not called."""
+    asked: list[int] = []
+    rehearsal = room(fleet, graph_rule=asked.append)
+    rehearsal.advertise(rehearsal.devices[:came])
+    with pytest.raises(RoundAbandoned, match="too_few_devices"):
+        rehearsal.close()
+    assert asked == []
 
 
 # --- what is not prevented: SPEC, section 10 --------------------------------------------------------------------------
