@@ -774,3 +774,18 @@ def test_in_curious_mode_there_are_no_tokens(fleet: Any) -> None:
     device = rehearsal.devices[0]
     assert requests[device].inclusions == b""
     assert_refused(rehearsal.clients[device], replace(requests[device], inclusions=bytes(16)), MalformedMessage)
+
+
+@pytest.mark.parametrize("mode", ["active", "curious"])
+def test_fewer_survivors_than_the_sessions_own_minimum_are_refused(fleet: Any, mode: str) -> None:
+    """Enough neighbours are left to rebuild every secret, yet fewer than the plan has promised."""
+    rehearsal = fleet.rehearse(10, parameters=fleet.parameters(mode=mode, minimum_survivors=9))
+    requests = rehearsal.run_until(CheckingConsistency if mode == "active" else CollectingShares)
+    device = rehearsal.devices[0]
+    own = position_of(rehearsal, device)
+    fewer = tuple(sorted({own, *(p for p in range(10) if p != own)} - {(own + 1) % 10, (own + 2) % 10}))
+    assert len(fewer) == 8 > rehearsal.server.stage.inputs.cohort.shape.threshold
+    refused = replace(requests[device], survivors=fewer)
+    assert_refused(
+        rehearsal.clients[device], refused, RemoteProtocolError, "8 members are left where the session needs 9"
+    )

@@ -29,6 +29,7 @@ from sottovoce.errors import (
 from sottovoce.identity import SignedContext
 from sottovoce.plan import Aggregation, Counted, LocalWork, Plan, PrivacyTerms, blob_ref
 from sottovoce.secagg import keys, server_steps, shamir
+from sottovoce.secagg.client import ClientTerms
 from sottovoce.secagg.client_stages import Aborted, InputMasked, KeysShared
 from sottovoce.secagg.graph import GraphParameters
 from sottovoce.secagg.lanes import decode, encode, layout_of
@@ -316,6 +317,28 @@ def test_a_whole_neighbourhood_listed_as_dropped(fleet: Any, mode: str, spared: 
         request = UnmaskingRequest(survivors=survivors, signatures=())
     attacker.ask(victim, request, RemoteProtocolError)
     assert_noise(attacker.best([attacker.position(victim)]), attacker.rehearsal.plain[victim])
+
+
+@pytest.mark.parametrize("mode", ["active", "curious"])
+@pytest.mark.parametrize("whose", ["the session's", "the owner's"])
+def test_survivors_below_the_minimum_though_t_are_left(fleet: Any, mode: str, whose: str) -> None:
+    """Ten of twelve are enough to rebuild everything, but not enough to hide in."""
+    terms = {"minimum_cohort": 3, "minimum_honest_survivors": 9 if whose == "the owner's" else 2}
+    rehearsal = room(fleet, mode=mode, minimum_survivors=11 if whose == "the session's" else 3)
+    victim, parameters = rehearsal.devices[0], rehearsal.server._agreement.parameters
+    rehearsal.clients[victim] = rehearsal.fleet.client(
+        victim, plain_vector(0), parameters=parameters, terms=ClientTerms(**terms, modes=("active", "curious"))
+    )
+    attacker = Attacker(rehearsal, rehearsal.devices[-CORRUPT:])
+    rehearsal.run_until(CollectingInputs)
+    attacker.enter()
+    left = tuple(p for p in range(MEMBERS) if attacker.cohort.members[p].device not in attacker.corrupt)
+    assert len(left) == 10 > attacker.shape.threshold
+    request: Any = SurvivorsRequest(survivors=left)
+    if mode == "curious":
+        request = UnmaskingRequest(survivors=left, signatures=())
+    attacker.ask(victim, request, RemoteProtocolError if whose == "the session's" else PolicyRefusal)
+    assert_noise(attacker.best([attacker.position(victim)]), rehearsal.plain[victim])
 
 
 @pytest.mark.parametrize("mode", ["active", "curious"])
