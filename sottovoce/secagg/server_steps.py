@@ -242,10 +242,6 @@ def close_unmasking(
     Raises:
         RoundAbandoned: Too few shares, or shares that no subset makes right.
     """
-    cohort = stage.inputs.cohort
-    if len(stage.answers) < cohort.shape.threshold:
-        needed = cohort.shape.threshold
-        raise RoundAbandoned("too_few_shares", f"{len(stage.answers)} members gave shares, {needed} are needed")
     _require_shares(stage.inputs, stage.answers.keys())
     secrets = _rebuild(stage)
     _take_masks_off(agreement, stage, secrets, spread)

@@ -224,7 +224,8 @@ def test_an_agent_killed_in_training_goes_on_with_the_batch_that_was_cut_off() -
         resumed = trial.wait_for_log(busy, r"resumed in epoch (\d+) after (\d+) of 400")
         ran = trial.wait_for_log(busy, r"ran (\d+) batches over 400")
         before = 200 * (int(resumed[1]) - 1) + int(resumed[2]) // 2
-        assert before >= 2
+        # The second checkpoint may have been cut off while it was being written: no more than one batch is lost.
+        assert before >= 1
         assert before + int(ran[1]) == 5 * 200
 
 
