@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from sottovoce.errors import LocalProtocolError, PolicyRefusal, RoundAbandoned
 from sottovoce.secagg.client import ClientTerms
 from sottovoce.secagg.server import STAGE_NAMES
 from sottovoce.secagg.server_stages import Abandoned, Unmasked
+from sottovoce.secagg.server_steps import Spread
 from sottovoce.wire.messages import MaskedInput, SurvivorsSignature, Unmasking
 
 ORDER = ["advertise_keys", "share_keys", "masked_input", "consistency_check", "unmasking"]
@@ -261,3 +263,12 @@ def test_no_secret_shows_in_any_stage(fleet: Any) -> None:
     assert len(secrets) > 4
     for secret in secrets:
         assert not any(repr(secret)[2:-1] in text or secret.hex() in text for text in seen)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 5])
+def test_masks_taken_off_over_several_threads_leave_the_same_sum(fleet: Any, parts: int) -> None:
+    rehearsal = fleet.rehearse(9)
+    with ThreadPoolExecutor(parts) as pool:
+        rehearsal.server._spread = Spread(parts, pool.map)
+        rehearsal.run_until(Unmasked, silent={"masked_input": rehearsal.devices[7:]})
+    assert bytes(rehearsal.server.result) == rehearsal.plain_sum(rehearsal.devices[:7])
