@@ -35,8 +35,10 @@ from sottovoce.identity import latest_time
 from sottovoce.tensors import decode_tensors, encode_tensors
 from sottovoce.transport.base import Transport
 from sottovoce.transport.mqtt import MqttTransport
+from sottovoce.transport.mqtt_settings import broker_address
 
 _FLUSH_S = 5.0
+_TLS_PORT = 8883
 _EXAMPLES = """\
 a coordinator in five commands:
   coordinator init --home DIR --fleet clinic      makes a key and asks for a certificate
@@ -82,11 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     init.add_argument("--fleet", required=True, metavar="NAME", help="the fleet's name, as the CA knows it")
     init.add_argument("--name", default="coordinator", help="this coordinator's name (%(default)s)")
     init.add_argument(
-        "--broker",
-        type=_host_and_port,
-        default=("127.0.0.1", 1883),
-        metavar="HOST[:PORT]",
-        help="the fleet's MQTT broker",
+        "--broker", default="127.0.0.1:1883", metavar="HOST[:PORT]", help="the fleet's MQTT broker (%(default)s)"
     )
     init.set_defaults(run=_init)
 
@@ -120,16 +118,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _host_and_port(text: str) -> tuple[str, int]:
-    host, _, port = text.rpartition(":") if ":" in text else (text, "", "8883")
-    if not host or not port.isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r}: write HOST or HOST:PORT, such as broker.example:8883")
-    return host, int(port)
-
-
 def _init(options: argparse.Namespace) -> int:
-    host, port = options.broker
-    settings = make_home(options.home, fleet=options.fleet, name=options.name, host=host, port=port)
+    host, port = broker_address(options.broker)
+    settings = make_home(options.home, fleet=options.fleet, name=options.name, host=host, port=port or _TLS_PORT)
     home = options.home
     print(f"Made {home}/key.pem (keep it), {home}/request.csr and {settings}.\n")
     print("Next, on the machine that holds the fleet's CA:\n")

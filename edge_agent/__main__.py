@@ -9,7 +9,6 @@ import fcntl
 import logging
 import os
 import random
-import re
 import signal
 import sys
 import time
@@ -48,7 +47,6 @@ for Android's job scheduler; call it every 15 minutes or at the time it prints. 
 visit. A rendezvous that is open, or due within a minute, is waited for."""
 
 _USERS_MISTAKES = (ConfigError, BadCertificate, BadExamples, BadBundle)
-_BROKER = re.compile(r"(?P<host>\[[^\]]+\]|[^:\[\]]+)(?::(?P<port>\d{1,5}))?")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -72,7 +70,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _init(options: argparse.Namespace) -> None:
-    host, port = _host_and_port(options.broker)
+    from sottovoce.transport.mqtt_settings import broker_address
+
+    host, port = broker_address(options.broker)
     tls = not _plain_is_allowed(host) if options.tls is None else options.tls
     broker = BrokerConfig(host=host, port=port, protocol=options.protocol, tls=tls)
     home = init_home(_home(options).path, device=options.device, fleet=options.fleet, broker=broker)
@@ -332,13 +332,6 @@ def _plain_is_allowed(host: str) -> bool:
     except ConfigError:
         return False
     return True
-
-
-def _host_and_port(text: str) -> tuple[str, int]:
-    match = _BROKER.fullmatch(text)
-    if match is None:
-        raise ConfigError(f"--broker {text!r}: write HOST or HOST:PORT, such as broker.example:8883")
-    return match["host"].strip("[]"), int(match["port"] or 0)
 
 
 def _read(path: Path) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import ssl
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ Protocol: TypeAlias = Literal["5", "3.1.1"]
 
 HEADER_ALLOWANCE_BYTES = 1024
 """Room for the header around a chunk: a payload may be a chunk and this, a packet a payload and this."""
+_ADDRESS = re.compile(r"(?P<host>\[[^\]]+\]|[^:\[\]]+)(?::(?P<port>\d{1,5}))?")
 _IGNORE_VALIDITY_DATES = 0x200000  # X509_V_FLAG_NO_CHECK_TIME, which Python's ssl does not name
 
 
@@ -100,6 +102,18 @@ class MqttSettings:
         for holds, text in rules:
             if not holds:
                 raise ConfigError(f"broker settings: {text}")
+
+
+def broker_address(text: str) -> tuple[str, int]:
+    """Return host and port of `HOST[:PORT]`, as both commands take it; 0 where no port is named.
+
+    Raises:
+        ConfigError: It is neither; an IPv6 address needs brackets.
+    """
+    match = _ADDRESS.fullmatch(text)
+    if match is None:
+        raise ConfigError(f"--broker {text!r}: write HOST or HOST:PORT, such as broker.example:8883")
+    return match["host"].strip("[]"), int(match["port"] or 0)
 
 
 def tls_context(tls: TlsFiles) -> ssl.SSLContext:

@@ -18,6 +18,7 @@ import pytest
 from coordinator.__main__ import main
 from coordinator.journal import Journal
 from coordinator.journal_rows import Ending, Opening, Traffic
+from coordinator.settings import read_settings
 from sottovoce.authority import create_authority, sign_request
 from sottovoce.bundle import decode_bundle
 from sottovoce.plan import digest_of
@@ -64,6 +65,23 @@ def test_init_makes_a_home_and_says_what_comes_next(tmp_path: Path, run: Run) ->
     code, _, err = run("init", "--home", tmp_path / "c", "--fleet", "choir")
     assert code == 2
     assert "exists already and is not overwritten" in err
+
+
+@pytest.mark.parametrize(
+    ("broker", "host", "port"),
+    [("b.example", "b.example", 8883), ("b.example:1883", "b.example", 1883), ("[::1]:1884", "::1", 1884)],
+)
+def test_init_writes_down_the_broker(tmp_path: Path, run: Run, broker: str, host: str, port: int) -> None:
+    assert run("init", "--home", str(tmp_path / "home"), "--fleet", "clinic", "--broker", broker)[0] == 0
+    settings = read_settings(tmp_path / "home" / "coordinator.toml")
+    assert (settings.broker.host, settings.broker.port) == (host, port)
+
+
+def test_init_refuses_what_is_no_broker(tmp_path: Path, run: Run) -> None:
+    code, _, error = run("init", "--home", str(tmp_path / "home"), "--fleet", "clinic", "--broker", "h:x")
+    assert code == 2
+    assert "write HOST or HOST:PORT" in error
+    assert not (tmp_path / "home").exists()
 
 
 def test_init_refuses_an_impossible_name(tmp_path: Path, run: Run) -> None:
