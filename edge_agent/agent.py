@@ -194,6 +194,7 @@ class Agent:
         if self._bench.busy:
             self._guarded(self._work)
         self._guarded(self._tick)
+        self._hands.gather()
         return busy or event is not None
 
     def close(self) -> None:

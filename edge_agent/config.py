@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 import msgspec
 
 from edge_agent.policy import Policy
+from edge_agent.source_settings import SourceConfig
 from sottovoce.errors import ConfigError
 from sottovoce.identity import NAME
 
@@ -102,6 +103,7 @@ class AgentConfig:
         runtime: Which TFLite runtime runs the programs.
         policy: What the owner allows.
         retention: Collection -> how long its examples are kept; a collection that is not named is kept whole.
+        source: Collection -> where its examples come from by themselves, while the agent runs.
     """
 
     device: str
@@ -110,6 +112,7 @@ class AgentConfig:
     runtime: RuntimeName = "auto"
     policy: Policy = field(default_factory=Policy)
     retention: Mapping[str, Retention] = field(default_factory=dict)
+    source: Mapping[str, SourceConfig] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Raise ConfigError where a name is impossible."""
@@ -170,7 +173,7 @@ def _unknown_key(kind: type, table: Mapping[str, object], prefix: str = "") -> s
         inner = fields[key]
         if inner is None or not isinstance(value, dict):
             continue
-        named = value if key == "retention" else {"": value}
+        named = value if key in _BY_COLLECTION else {"": value}
         for name, rows in named.items():
             path = f"{prefix}{key}.{name}." if name else f"{prefix}{key}."
             if isinstance(rows, dict) and (found := _unknown_key(inner, rows, path)):
@@ -182,7 +185,9 @@ _TABLES: dict[tuple[type, str], type] = {
     (AgentConfig, "broker"): BrokerConfig,
     (AgentConfig, "policy"): Policy,
     (AgentConfig, "retention"): Retention,
+    (AgentConfig, "source"): SourceConfig,
 }
+_BY_COLLECTION = ("retention", "source")
 
 _TEMPLATE = """\
 # Settings of this device. Every key is explained; what is commented out shows its default.
@@ -237,4 +242,18 @@ tls = {tls}
 # [retention.steps]
 # max_age_s = 2592000   # 30 days; 0 keeps every age
 # max_count = 5000      # the newest so many; 0 keeps all
+
+# Where a collection gets examples by itself while the agent runs (docs/agent.md has every key).
+# [source.temperature]
+# kind = "thermal"              # the processor's own sensor; on a phone: "termux-battery"
+# every_s = 60
+# [source.living_room]
+# kind = "mqtt"                 # what is published on a broker nearby: Home Assistant, zigbee2mqtt, ESPHome
+# topic = "home/+/temperature"  # host = "127.0.0.1", port = 1883; field = "temperature" where it is a JSON object
+# [source.power]
+# kind = "file"                 # the lines that are added to a .csv or .jsonl file
+# path = "/var/log/power.csv"
+# [source.load]
+# kind = "command"              # a program that prints one number, or a JSON object (field = "...")
+# command = ["cut", "-d ", "-f1", "/proc/loadavg"]
 """

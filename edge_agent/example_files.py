@@ -182,12 +182,13 @@ def _jsonl_rows(path: Path) -> Rows:
         with path.open(encoding="utf-8-sig") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    yield f"line {number}", _json_object(line, f"line {number}")
+                    yield f"line {number}", json_object(line, f"line {number}")
     except UnicodeDecodeError as error:
         raise BadExamples(f"it is not UTF-8 text: {error}") from error
 
 
-def _json_object(line: str, place: str) -> Cells:
+def json_object(line: str, place: str) -> Cells:
+    """Return the cells of one line of JSON. Raises BadExamples: it is not a JSON object."""
     try:
         parsed = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -202,18 +203,22 @@ def _csv_rows(path: Path) -> Rows:
         reader = csv.reader(file, strict=True)
         try:
             header = [name.strip() for name in next(reader, [])]
-            layout = _csv_layout(header)
+            layout = csv_layout(header)
             for cells in reader:
                 if cells:
-                    yield f"line {reader.line_num}", _csv_cells(cells, header, layout, f"line {reader.line_num}")
+                    yield f"line {reader.line_num}", csv_cells(cells, header, layout, f"line {reader.line_num}")
         except csv.Error as error:
             raise BadExamples(f"line {reader.line_num}: {error}") from error
         except UnicodeDecodeError as error:
             raise BadExamples(f"it is not UTF-8 text: {error}") from error
 
 
-def _csv_layout(header: list[str]) -> dict[str, int | list[int]]:
-    """Return column -> its position, or the positions of a vector's entries in the order of their indices."""
+def csv_layout(header: list[str]) -> dict[str, int | list[int]]:
+    """Return column -> its position, or the positions of a vector's entries in the order of their indices.
+
+    Raises:
+        BadExamples: A name is missing or stands twice, or the indices of a vector have a gap.
+    """
     if not header or not all(header) or len(set(header)) != len(header):
         raise BadExamples("line 1: the header must name every column, each name once")
     layout: dict[str, int | list[int]] = {}
@@ -233,7 +238,8 @@ def _csv_layout(header: list[str]) -> dict[str, int | list[int]]:
     return layout
 
 
-def _csv_cells(cells: list[str], header: list[str], layout: Mapping[str, int | list[int]], place: str) -> Cells:
+def csv_cells(cells: list[str], header: list[str], layout: Mapping[str, int | list[int]], place: str) -> Cells:
+    """Return the cells of one line of CSV by column. Raises BadExamples: too many or too few, or one is no number."""
     if len(cells) != len(header):
         raise BadExamples(f"{place}: {len(cells)} cells, and the header has {len(header)} columns")
     numbers = [_csv_number(text, place, name) for text, name in zip(cells, header, strict=True)]

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -16,18 +17,29 @@ from typing import Self
 import numpy as np
 
 from edge_agent.database import open_database, transaction
-from edge_agent.example_files import Column, Rows, measure, rows_of, rows_of_arrays
+from edge_agent.example_files import Cells, Column, Rows, measure, rows_of, rows_of_arrays
 from sottovoce.errors import BadExamples, ConfigError
 from sottovoce.identity import NAME
 from sottovoce.types import Array, TensorType
 
-_VERSION = 1
+_VERSION = 2
+_SOURCE = "CREATE TABLE source (collection TEXT PRIMARY KEY, position TEXT NOT NULL)"
 _SCHEMA = (
     "CREATE TABLE collection (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, columns TEXT NOT NULL)",
     "CREATE TABLE example (id INTEGER PRIMARY KEY AUTOINCREMENT, collection INTEGER NOT NULL "
     "REFERENCES collection (id), added_unix_s REAL NOT NULL, content BLOB NOT NULL)",
     "CREATE INDEX example_of_collection ON example (collection, id)",
+    _SOURCE,
 )
+_UPGRADES = {1: (_SOURCE,)}
+
+
+@dataclass(frozen=True, slots=True)
+class Appended:
+    """What became of rows: how many are examples now, and for each of the others what was wrong with it."""
+
+    added: int
+    errors: tuple[str, ...]
 
 
 class ExampleStore:
@@ -39,7 +51,7 @@ class ExampleStore:
         Raises:
             ConfigError: The file cannot be used.
         """
-        self._database = open_database(path, schema=_SCHEMA, version=_VERSION)
+        self._database = open_database(path, schema=_SCHEMA, version=_VERSION, upgrades=_UPGRADES)
 
     def __enter__(self) -> Self:
         return self
@@ -81,8 +93,48 @@ class ExampleStore:
         """
         return self._append(collection, lambda: rows_of_arrays(examples), now_s)
 
-    def read(self, collection: str) -> dict[str, Array]:
-        """Return all examples of a collection, oldest first: column -> array, first dimension the examples.
+    def append(
+        self, collection: str, rows: Sequence[tuple[str, Cells]], *, now_s: float, position: str | None = None
+    ) -> Appended:
+        """Append those of `rows` that are examples of the collection, and keep the source's position with them.
+
+        Args:
+            collection: Made of the first good row if missing.
+            rows: Pairs of a place for messages and the cells by column.
+            now_s: As for `import_file`.
+            position: Where its source goes on reading; None leaves the position as it is.
+
+        Raises:
+            ConfigError: An impossible collection name, or the file cannot be written; nothing was changed.
+        """
+        _check_name(collection)
+        errors: list[str] = []
+        with transaction(self._database):
+            found = self._collection(collection)
+            for place, cells in rows:
+                try:
+                    measured = measure(iter([(place, cells)]))
+                    found = found or self._make(collection, measured)
+                    _check_fit(collection, found[1], measured)
+                except BadExamples as error:
+                    errors.append(str(error))
+                    continue
+                self._insert(found, iter([(place, cells)]), now_s)
+            if position is not None:
+                self._database.execute("INSERT OR REPLACE INTO source VALUES (?, ?)", (collection, position))
+        return Appended(len(rows) - len(errors), tuple(errors))
+
+    def position(self, collection: str) -> str | None:
+        """Return where the source of a collection goes on reading; None if it has not begun."""
+        row = self._database.execute("SELECT position FROM source WHERE collection = ?", (collection,)).fetchone()
+        return None if row is None else str(row[0])
+
+    def read(self, collection: str, *, newest: int = 0) -> dict[str, Array]:
+        """Return the examples of a collection, oldest first: column -> array, first dimension the examples.
+
+        Args:
+            collection: Its name.
+            newest: Return only so many, the last ones stored; 0 returns all.
 
         Raises:
             BadExamples: There is no such collection, or it is empty.
@@ -93,8 +145,9 @@ class ExampleStore:
                 f"there are no examples in collection {collection!r}: edge-agent import {collection} FILE"
             )
         number, columns = found
-        query = "SELECT content FROM example WHERE collection = ? ORDER BY id"
-        content = b"".join(row[0] for row in self._database.execute(query, (number,)))
+        query = "SELECT content FROM example WHERE collection = ? ORDER BY id DESC LIMIT ?"
+        contents = [row[0] for row in self._database.execute(query, (number, newest or -1))]
+        content = b"".join(reversed(contents))
         if not content:
             raise BadExamples(f"collection {collection!r} is empty: edge-agent import {collection} FILE")
         table = np.frombuffer(content, dtype=_record(columns))
@@ -152,17 +205,20 @@ class ExampleStore:
         return removed
 
     def _append(self, collection: str, rows: Callable[[], Rows], now_s: float) -> int:
-        if not NAME.fullmatch(collection):
-            raise ConfigError(f"the collection {collection!r} must be 1 to 64 characters of A-Z a-z 0-9 _ -")
+        _check_name(collection)
         measured = measure(rows())
         with transaction(self._database):
-            number, columns = self._collection(collection) or self._make(collection, measured)
-            _check_fit(collection, columns, measured)
-            inserted = self._database.executemany(
-                "INSERT INTO example (collection, added_unix_s, content) VALUES (?, ?, ?)",
-                ((number, now_s, content) for content in _packed(rows(), columns)),
-            )
-            return inserted.rowcount
+            found = self._collection(collection) or self._make(collection, measured)
+            _check_fit(collection, found[1], measured)
+            return self._insert(found, rows(), now_s)
+
+    def _insert(self, collection: tuple[int, Mapping[str, Column]], rows: Rows, now_s: float) -> int:
+        number, columns = collection
+        inserted = self._database.executemany(
+            "INSERT INTO example (collection, added_unix_s, content) VALUES (?, ?, ?)",
+            ((number, now_s, content) for content in _packed(rows, columns)),
+        )
+        return inserted.rowcount
 
     def _make(self, name: str, columns: Mapping[str, Column]) -> tuple[int, dict[str, Column]]:
         types = json.dumps({column: str(measured.type) for column, measured in columns.items()})
@@ -179,6 +235,11 @@ class ExampleStore:
         """Empty the write-ahead log, which still holds what was deleted; another reader may delay that, harmlessly."""
         if removed:
             self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+
+def _check_name(collection: str) -> None:
+    if not NAME.fullmatch(collection):
+        raise ConfigError(f"the collection {collection!r} must be 1 to 64 characters of A-Z a-z 0-9 _ -")
 
 
 def _check_fit(collection: str, columns: Mapping[str, Column], measured: Mapping[str, Column]) -> None:

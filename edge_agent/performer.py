@@ -46,6 +46,7 @@ from edge_agent.latest import LATEST_FOLDER, keep_latest
 from edge_agent.ledger import Ledger, Release
 from edge_agent.library import Library
 from edge_agent.pending import PendingStore, decode_entry, encode_entry
+from edge_agent.sources import Sources
 from edge_agent.workbench import Assignment, Workbench
 from sottovoce.errors import ConfigError, LocalProtocolError, MalformedMessage, TransportError
 from sottovoce.identity import Identity, SignedContext, TrustAnchor
@@ -132,6 +133,7 @@ class Performer:
             log=log.info,
         )
         self.library = Library(setup.home.blobs, transport, self._topics)
+        self._sources = Sources(setup.config.source, self._examples, device=setup.config.device, retain=self._retain)
 
     def remembered(self) -> Entry | None:
         """Return the round this device was in when it was stopped, if any."""
@@ -151,8 +153,16 @@ class Performer:
         for effect in effects:
             _PERFORM[type(effect)](self, effect)
 
+    def gather(self) -> None:
+        """Take in what the owner's sources have for the collections."""
+        try:
+            self._sources.poll(now_ms=self._setup.clock(), now_s=self._coordinator_ms() / 1000)
+        except ConfigError as error:
+            log.warning("the examples of this device's sources are not kept: %s", error)
+
     def close(self) -> None:
-        """Close the device's files."""
+        """Close the device's files and sources."""
+        self._sources.close()
         self.ledger.close()
         self._examples.close()
 

@@ -119,8 +119,42 @@ def test_every_commented_setting_is_the_default_and_real() -> None:
     written = default_config(device="pi-1", fleet="clinic", broker=BrokerConfig(host="b.example"))
     lines = [
         line[2:] if line.startswith("# ") and " = " in line and line[2].islower() else line
-        for line in written.splitlines()
+        for line in written.partition("# Where a collection gets examples")[0].splitlines()
     ]
     uncommented = [line for line in lines if not line.startswith(("max_age_s", "max_count"))]
     assert parse_config("\n".join(uncommented), path=PATH) == parse_config(written, path=PATH)
     assert {line.split(" = ")[0] for line in uncommented} >= set(Policy.__dataclass_fields__)
+
+
+def test_the_sources_in_the_comments_are_real() -> None:
+    written = default_config(device="pi-1", fleet="clinic", broker=BrokerConfig(host="b.example"))
+    before, _, commented = written.partition("# [source.")
+    text = before + "\n".join(line.removeprefix("# ") for line in ("# [source." + commented).splitlines())
+    sources = parse_config(text, path=PATH).source
+    assert {name: source.kind for name, source in sources.items()} == {
+        "temperature": "thermal",
+        "living_room": "mqtt",
+        "power": "file",
+        "load": "command",
+    }
+    assert sources["living_room"].topic == "home/+/temperature"
+
+
+@pytest.mark.parametrize(
+    ("table", "text"),
+    [
+        ('kind = "command"', 'source: kind = "command" needs the key command'),
+        ('kind = "mqtt"', 'source: kind = "mqtt" needs the key topic'),
+        ('kind = "file"\npath = "a.txt"', "source: path must end in .csv or .jsonl"),
+        ('kind = "thermal"\ntopic = "a"', 'source: the key topic has no meaning for kind = "thermal"; remove it'),
+        ('kind = "thermal"\nevery_s = 0', 'source: every_s must be above 0 for kind = "thermal"'),
+        ('kind = "thermal"\nscale = 0', "source: scale must not be 0"),
+        ('kind = "thermal"\nzone = 1', "source.t.zone: unknown key"),
+        ('kind = "radio"', "Invalid enum value 'radio'"),
+    ],
+)
+def test_an_impossible_source_is_refused_by_its_key(table: str, text: str) -> None:
+    broken = MINIMAL + f"\n[source.t]\n{table}\n"
+    with pytest.raises(ConfigError) as refused:
+        parse_config(broken, path=PATH)
+    assert text in str(refused.value)

@@ -1,0 +1,124 @@
+"""Fills collections from their sources: asked by the agent's loop, it carries what is new into the example store.
+
+A source that fails is asked again at its next time; what is wrong is logged once, until it changes. Lines of a file and
+the position behind them are stored in one transaction, so that none is lost or counted twice by a crash.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from edge_agent.examples import ExampleStore
+from edge_agent.source_readers import Batch, Reader, open_reader
+from edge_agent.source_settings import SourceConfig
+from sottovoce.errors import BadExamples, ConfigError
+from sottovoce.transport.base import Transport
+from sottovoce.transport.mqtt import MqttSettings, MqttTransport
+
+_RETAIN_EVERY_MS = 60_000
+
+log = logging.getLogger("edge-agent")
+
+
+class Sources:
+    """All sources of one device.
+
+    Attributes:
+        added: Collection -> examples added since the start.
+        dropped: Collection -> readings and lines that were no examples.
+    """
+
+    def __init__(
+        self, configs: Mapping[str, SourceConfig], store: ExampleStore, *, device: str, retain: Callable[[str], None]
+    ) -> None:
+        """Open every source.
+
+        Args:
+            configs: Collection -> its source.
+            store: The device's examples.
+            device: Its id; the client id on local brokers is made of it.
+            retain: Forgets what the owner does not want to keep of a collection.
+        """
+        self._store = store
+        self._retain = retain
+        self._readers: dict[str, Reader] = {
+            collection: open_reader(
+                config,
+                position=store.position(collection),
+                connect=lambda config, collection=collection: _connect(config, f"sottovoce-{device}-{collection}"),  # type: ignore[misc]
+            )
+            for collection, config in configs.items()
+        }
+        self._said: dict[str, str] = {}
+        self._retained_ms: dict[str, int] = {}
+        self.added: Counter[str] = Counter()
+        self.dropped: Counter[str] = Counter()
+
+    def poll(self, *, now_ms: int, now_s: float) -> None:
+        """Carry what is new into the store.
+
+        Args:
+            now_ms: The agent's clock.
+            now_s: The latest time the device knows, Unix seconds: what the examples count as added at.
+
+        Raises:
+            ConfigError: The store cannot be written.
+        """
+        for collection, reader in self._readers.items():
+            try:
+                batch = reader.read(now_ms)
+            except BadExamples as error:
+                self._say(collection, str(error))
+                continue
+            if batch.rows or batch.errors or batch.position is not None:
+                self._keep(collection, batch, now_s)
+            if now_ms - self._retained_ms.get(collection, 0) >= _RETAIN_EVERY_MS:
+                self._retained_ms[collection] = now_ms
+                self._retain(collection)
+
+    def close(self) -> None:
+        """Let go of everything."""
+        for reader in self._readers.values():
+            reader.close()
+
+    def _keep(self, collection: str, batch: Batch, now_s: float) -> None:
+        appended = self._store.append(collection, batch.rows, now_s=now_s, position=batch.position)
+        errors = [*batch.errors, *appended.errors]
+        self.added[collection] += appended.added
+        self.dropped[collection] += len(errors)
+        if errors:
+            self._say(collection, errors[0])
+        elif appended.added:
+            self._said.pop(collection, None)
+
+    def _say(self, collection: str, text: str) -> None:
+        if self._said.get(collection) != text:
+            self._said[collection] = text
+            log.warning("source of %s: %s", collection, text)
+
+
+def _connect(config: SourceConfig, client_id: str) -> Transport:
+    settings = MqttSettings(
+        host=config.host,
+        port=config.port,
+        client_id=client_id,
+        username=config.username or None,
+        password=_password(config.password_file),
+        protocol="3.1.1",  # Every broker in a home speaks it.
+        clean_start=True,
+        session_expiry_s=0,
+    )
+    return MqttTransport(settings, rng=random.Random())
+
+
+def _password(file: str) -> str | None:
+    if not file:
+        return None
+    try:
+        return (Path(file).expanduser().read_text().splitlines() or [""])[0]
+    except OSError as error:
+        raise ConfigError(f"source: cannot read password_file {file}: {error.strerror}") from error
