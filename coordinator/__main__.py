@@ -14,31 +14,36 @@ import signal
 import sqlite3
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from coordinator.assignment import load_program
+from coordinator.clock import pause, steady_clock
 from coordinator.events import LOG, EventLog
 from coordinator.home import load_setup, make_home, mqtt_settings
+from coordinator.hosted import check_plans, hosted_program
 from coordinator.journal import Journal
 from coordinator.journal_rows import TaskRow
-from coordinator.program import FederatedProgram, build_program
+from coordinator.requests import flat_sums
 from coordinator.service import Service
-from coordinator.settings import read_settings, read_text
+from coordinator.settings import lock_file, read_settings, read_text
 from coordinator.status import print_status, status_document
-from coordinator.task import read_task
-from sottovoce.bundle import encode_bundle, with_initial
+from coordinator.task import Task, read_task
+from sottovoce.bundle import decode_bundle, encode_bundle, with_initial
 from sottovoce.errors import ConfigError, ProgramError, SottovoceError
+from sottovoce.file_lock import FileLock
 from sottovoce.identity import latest_time
-from sottovoce.tensors import decode_tensors, encode_tensors
+from sottovoce.tensors import decode_tensors
 from sottovoce.transport.base import Transport
 from sottovoce.transport.mqtt import MqttTransport
 from sottovoce.transport.mqtt_settings import broker_address
+from sottovoce.types import Array
 
 _FLUSH_S = 5.0
 _TLS_PORT = 8883
+_TRIES, _TRY_AGAIN_S = 5, 0.05
+"""Somebody who looks whether a coordinator is running holds its lock for a moment."""
 _EXAMPLES = """\
 a coordinator in five commands:
   coordinator init --home DIR --fleet clinic      makes a key and asks for a certificate
@@ -99,8 +104,10 @@ def _parser() -> argparse.ArgumentParser:
     submit.add_argument("task", type=Path, metavar="TASK.toml", help="the task file (docs/coordinator.md)")
     submit.set_defaults(run=_submit)
 
-    cancel = commands.add_parser("cancel", parents=[config], help="take a task out; its round in flight is abandoned")
-    cancel.add_argument("task", metavar="NAME", help="the task's name")
+    cancel = commands.add_parser(
+        "cancel", parents=[config], help="take a task or a request out; its round in flight is abandoned"
+    )
+    cancel.add_argument("task", metavar="NAME", help="its name, or its number in `coordinator status`")
     cancel.set_defaults(run=_cancel)
 
     status = commands.add_parser("status", parents=[config], help="show tasks, rounds and refused messages")
@@ -112,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
         "get", parents=[config], help="write the trained model as a bundle (.svp), or released sums (.npz)"
     )
     get.add_argument("--out", type=Path, required=True, metavar="FILE", help="where to write it")
-    get.add_argument("--task", metavar="NAME", help="the task (the newest that has a result)")
+    get.add_argument("--task", metavar="NAME", help="the task, by name or number (the newest that has a result)")
     get.add_argument("--round", type=int, metavar="N", help="after N rounds of training (the last)")
     get.set_defaults(run=_model_get)
     return parser
@@ -138,11 +145,11 @@ def _run(options: argparse.Namespace) -> int:
     stopping: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda received, frame: stopping.append(received))
-    with Journal(settings.journal) as journal:
+    with _only_one(settings.journal), Journal(settings.journal) as journal:
         transport = MqttTransport(mqtt_settings(settings.name, settings.broker), rng=random.SystemRandom())
         try:
             service = Service(setup, journal=journal, transport=transport, events=events)
-            serve(service, transport, clock=_clock(), stopping=lambda: bool(stopping), once=options.once)
+            serve(service, transport, clock=steady_clock(), stopping=lambda: bool(stopping), once=options.once)
         finally:
             transport.close()
             events.close()
@@ -171,10 +178,14 @@ def serve(
     LOG.info("the coordinator has stopped")
 
 
-def _clock() -> Callable[[], int]:
-    """Return a clock in Unix milliseconds that never jumps: deadlines must not depend on somebody setting the time."""
-    offset_ns = time.time_ns() - time.monotonic_ns()
-    return lambda: (time.monotonic_ns() + offset_ns) // 1_000_000
+def _only_one(journal: Path) -> FileLock:
+    """Return the lock that says to everybody: a coordinator runs on this journal."""
+    for _ in range(_TRIES):
+        lock = FileLock.take(lock_file(journal))
+        if lock is not None:
+            return lock
+        pause(_TRY_AGAIN_S)
+    raise ConfigError(f"a coordinator is running on {journal} already; stop it first")
 
 
 def _open_events(path: Path | None) -> EventLog:
@@ -192,14 +203,14 @@ def _submit(options: argparse.Namespace) -> int:
     bundle = _read_bundle(folder / task.bundle, "bundle")
     moments = _read_bundle(folder / task.standardise.bundle, "standardise.bundle") if task.standardise else None
     try:
-        program = build_program(
-            task, bundle, fleet=settings.fleet, moments=moments, chunk_bytes=settings.broker.chunk_bytes
-        )
+        program = hosted_program(task, bundle, moments=moments)
+        plan = check_plans(program, task, fleet=settings.fleet, chunk_bytes=settings.broker.chunk_bytes)
     except SottovoceError as error:
         raise ConfigError(f"{options.task}: {error}") from error
     with Journal(settings.journal) as journal:
-        journal.submit(task.name, text, bundle=bundle, moments=moments, now_ms=time.time_ns() // 1_000_000)
-    print(f"Task {task.name!r} is in the queue: {program.length} rounds, plan {program.plan.digest.hex()[:16]}.")
+        now_ms = time.time_ns() // 1_000_000
+        journal.submit(task.name, text, purpose=task.purpose, bundle=bundle, moments=moments, now_ms=now_ms)
+    print(f"Task {task.name!r} is in the queue: {program.length} rounds, plan {plan.digest.hex()[:16]}.")
     return 0
 
 
@@ -215,11 +226,12 @@ def _read_bundle(path: Path, key: str) -> bytes:
 def _cancel(options: argparse.Namespace) -> int:
     with Journal(read_settings(options.config).journal) as journal:
         for task in journal.tasks():
-            if task.name == options.task and task.status in ("queued", "running"):
-                journal.end_task(task.id, "cancelled")
-                print(f"Task {task.name!r} is cancelled; what it has committed stays.")
+            if options.task in (task.name, str(task.id)) and task.status in ("queued", "running"):
+                journal.end_task(task.id, "cancelled", "cancelled: by the coordinator's operator")
+                what = f"Task {task.name!r}" if task.kind == "hosted" else f"Request {task.id} ({task.name})"
+                print(f"{what} is cancelled; what it has committed stays.")
                 return 0
-    raise ConfigError(f"no task named {options.task!r} is queued or running; see `coordinator status`")
+    raise ConfigError(f"nothing named {options.task!r} is queued or running; see `coordinator status`")
 
 
 def _status(options: argparse.Namespace) -> int:
@@ -234,20 +246,23 @@ def _status(options: argparse.Namespace) -> int:
 
 
 def _model_get(options: argparse.Namespace) -> int:
-    settings = read_settings(options.config)
-    with Journal.open_read_only(settings.journal) as journal:
-        task = _task_with_result(journal, options.task)
-        program = load_program(journal, task, fleet=settings.fleet, chunk_bytes=settings.broker.chunk_bytes)
-        position = _position(task, program, options.round)
-        kept = journal.state_at(task.id, position)
+    with Journal.open_read_only(read_settings(options.config).journal) as journal:
+        row = _task_with_result(journal, options.task)
+        if row.kind == "request":
+            sums = journal.answer(row.id).sums
+            return _write_sums(options.out, row.name, flat_sums(sums.sums) if sums is not None else {})
+        task = read_task(row.toml, where=row.name)
+        kept = journal.state_at(row.id, _position(row, task, options.round))
         if kept is None:
-            raise ConfigError(f"the journal has lost the state of task {task.name!r} after that round")
-        state, released = kept
-    return _write_result(options.out, task, program, state, released)
+            raise ConfigError(f"the journal has lost the state of task {row.name!r} after that round")
+        broadcast, released = kept
+        if task.update is None:
+            return _write_sums(options.out, row.name, decode_tensors(released) if released is not None else {})
+        return _write_model(options.out, row.name, bundle=journal.blob(row.bundle), broadcast=broadcast)
 
 
 def _task_with_result(journal: Journal, name: str | None) -> TaskRow:
-    tasks = [task for task in journal.tasks() if name in (None, task.name)]
+    tasks = [task for task in journal.tasks() if name in (None, task.name, str(task.id))]
     if not tasks:
         raise ConfigError(f"there is no task {name!r}" if name else "there is no task yet; submit one")
     for task in reversed(tasks):
@@ -256,25 +271,32 @@ def _task_with_result(journal: Journal, name: str | None) -> TaskRow:
     raise ConfigError(f"no round of task {tasks[-1].name!r} has committed yet; see `coordinator status`")
 
 
-def _position(task: TaskRow, program: FederatedProgram, rounds: int | None) -> int:
-    before = program.length - program.task.rounds
+def _position(row: TaskRow, task: Task, rounds: int | None) -> int:
+    before = int(task.standardise is not None)
     if rounds is None:
-        return task.position
-    if not 0 <= rounds <= task.position - before:
-        raise ConfigError(f"--round {rounds}: task {task.name!r} has committed {max(0, task.position - before)} rounds")
+        return row.position
+    if not 0 <= rounds <= row.position - before:
+        raise ConfigError(f"--round {rounds}: task {row.name!r} has committed {max(0, row.position - before)} rounds")
     return before + rounds
 
 
-def _write_result(out: Path, task: TaskRow, program: FederatedProgram, state: bytes, released: bytes | None) -> int:
+def _write_sums(out: Path, name: str, sums: Mapping[str, Array]) -> int:
     try:
-        if program.task.update is None:
-            np.savez(out, **decode_tensors(released or encode_tensors({})))  # type: ignore[arg-type]  # numpy's stubs
-            print(f"Wrote the sums of task {task.name!r} to {out}.")
-            return 0
-        out.write_bytes(encode_bundle(with_initial(program.bundle, decode_tensors(state))))
+        np.savez(out, **sums)  # type: ignore[arg-type]  # numpy's stubs
     except OSError as error:
         raise ConfigError(f"cannot write {out}: {error.strerror}") from error
-    print(f"Wrote the model of task {task.name!r} to {out}; try: edge-agent infer {out} FILE")
+    print(f"Wrote the sums of task {name!r} to {out}.")
+    return 0
+
+
+def _write_model(out: Path, name: str, *, bundle: bytes | None, broadcast: bytes) -> int:
+    if bundle is None:
+        raise ConfigError(f"the journal has lost the bundle of task {name!r}")
+    try:
+        out.write_bytes(encode_bundle(with_initial(decode_bundle(bundle), decode_tensors(broadcast))))
+    except OSError as error:
+        raise ConfigError(f"cannot write {out}: {error.strerror}") from error
+    print(f"Wrote the model of task {name!r} to {out}; try: edge-agent infer {out} FILE")
     return 0
 
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 
 from sottovoce.errors import RemoteProtocolError
 from sottovoce.plan import BlobRef
-from sottovoce.wire.chunks import Assembly
+from sottovoce.wire.chunks import Assembly, Chunk
 from sottovoce.wire.messages import UploadSlot
 
 
@@ -50,16 +51,19 @@ class UploadSlots:
 
     def grant(self, now_ms: int, *, offline: Callable[[str], bool]) -> list[str]:
         """Give free slots to the queue, connected devices first; return who got one."""
-        granted = []
-        for device in sorted(self._waiting, key=offline):
-            if len(self._uploads) >= self._limit:
-                break
+        free = self._limit - len(self._uploads)
+        if free <= 0 or not self._waiting:
+            return []
+        # It looks no further into the queue than the slots reach: thousands may wait, and this runs for each of them.
+        granted = list(islice((device for device in self._waiting if not offline(device)), free))
+        if len(granted) < free:
+            granted += islice((device for device in self._waiting if offline(device)), free - len(granted))
+        for device in granted:
             self._uploads[device] = _Upload(Assembly(self._waiting.pop(device)), now_ms)
-            granted.append(device)
         return granted
 
-    def add_chunk(self, device: str, index: int, content: bytes, now_ms: int) -> bytearray | None:
-        """Put a chunk in its place; return the vector, whole and verified, when this was the last one.
+    def add_chunk(self, device: str, index: int, content: Chunk, now_ms: int) -> Assembly | None:
+        """Put a chunk in its place; return the vector's assembly when this was the last one.
 
         A chunk that comes once more after its vector was complete changes nothing.
 
@@ -79,7 +83,7 @@ class UploadSlots:
             return None
         del self._uploads[device]
         self._done[device] = upload.assembly.ref.chunk_count
-        return upload.assembly.content()
+        return upload.assembly
 
     def progress(self, device: str) -> UploadSlot | None:
         """Return what to tell `device`: which chunks are here, or None while it waits in the queue."""
@@ -93,8 +97,8 @@ class UploadSlots:
 
         Such a device goes to the end of the queue, and what it had uploaded is freed.
         """
-        claims = sum(not offline(device) for device in self._waiting)
         stuck = [d for d, u in self._uploads.items() if offline(d) or now_ms - u.moved_ms >= self._idle_ms]
+        claims = sum(1 for _ in islice((device for device in self._waiting if not offline(device)), len(stuck)))
         taken = sorted(stuck, key=lambda device: self._uploads[device].moved_ms)[:claims]
         for device in taken:
             self._waiting[device] = self._uploads.pop(device).assembly.ref

@@ -15,36 +15,28 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from coordinator.journal_rows import Ending, Opening, Phase, RoundRow, TaskRow, TaskStatus, round_row, task_row
+from coordinator.journal_rows import (
+    Answer,
+    Ending,
+    Opening,
+    Phase,
+    Result,
+    RoundRow,
+    TaskRow,
+    TaskStatus,
+    round_row,
+    task_row,
+)
+from coordinator.journal_schema import prepare
+from coordinator.requests import Asked, content_digest, decode_sums, run_of, with_blobs, without_blobs
+from coordinator.terms import RoundTerms, decode_terms
 from sottovoce.errors import ConfigError
-from sottovoce.plan import digest_of
+from sottovoce.language.ports import RoundRequest
+from sottovoce.plan import canonical, digest_of
 
 _BUSY_TIMEOUT_S = 10.0
-_SCHEMA_VERSION = 1
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS blobs (digest BLOB PRIMARY KEY, content BLOB NOT NULL) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS tasks (
-    id INTEGER PRIMARY KEY, name TEXT NOT NULL, toml TEXT NOT NULL, bundle BLOB NOT NULL, moments BLOB,
-    status TEXT NOT NULL, reason TEXT NOT NULL DEFAULT '', position INTEGER NOT NULL DEFAULT 0,
-    submitted_ms INTEGER NOT NULL);
-CREATE TABLE IF NOT EXISTS states (
-    task INTEGER NOT NULL REFERENCES tasks(id), position INTEGER NOT NULL, digest BLOB NOT NULL, released BLOB,
-    PRIMARY KEY (task, position)) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS rounds (
-    id INTEGER PRIMARY KEY, task INTEGER NOT NULL REFERENCES tasks(id), position INTEGER NOT NULL,
-    round INTEGER NOT NULL, attempt INTEGER NOT NULL, plan_name TEXT NOT NULL, plan BLOB NOT NULL, state BLOB NOT NULL,
-    phase TEXT NOT NULL, reason TEXT NOT NULL DEFAULT '', cohort TEXT NOT NULL DEFAULT '[]',
-    survivors TEXT NOT NULL DEFAULT '[]', dropped TEXT NOT NULL DEFAULT '{}', metrics TEXT NOT NULL DEFAULT '{}',
-    bytes_up TEXT NOT NULL DEFAULT '{}', bytes_down TEXT NOT NULL DEFAULT '{}',
-    broadcast_bytes INTEGER NOT NULL DEFAULT 0,
-    started_ms INTEGER NOT NULL, ended_ms INTEGER, UNIQUE (round, attempt));
-CREATE TABLE IF NOT EXISTS announcements (
-    digest BLOB PRIMARY KEY, previous BLOB NOT NULL, round INTEGER NOT NULL, attempt INTEGER NOT NULL,
-    envelope BLOB NOT NULL);
-CREATE TABLE IF NOT EXISTS refusals (reason TEXT PRIMARY KEY, count INTEGER NOT NULL) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS certificates (
-    device TEXT PRIMARY KEY, der BLOB NOT NULL, seen_ms INTEGER NOT NULL) WITHOUT ROWID;
-"""
+_RUN_S = 30 * 24 * 3600
+"""The rounds of a federated program's run are one plan for so long; then they are a new one."""
 
 
 class Journal:
@@ -67,7 +59,7 @@ class Journal:
             raise ConfigError(f"cannot open the journal {path}: {error}") from error
         self._db.row_factory = sqlite3.Row
         try:
-            self._prepare(path, read_only=read_only)
+            prepare(self._db, path, read_only=read_only)
         except sqlite3.Error as error:
             self._db.close()
             raise ConfigError(f"{path} is not a journal of this release: {error}") from error
@@ -83,18 +75,6 @@ class Journal:
             ConfigError: There is none, or it is not a journal of this release.
         """
         return cls(path, read_only=True)
-
-    def _prepare(self, path: Path, *, read_only: bool) -> None:
-        version = int(self._db.execute("PRAGMA user_version").fetchone()[0])
-        if version > _SCHEMA_VERSION:
-            raise ConfigError(f"{path} was written by a later release of Sottovoce; upgrade this one")
-        if read_only:
-            return
-        self._db.execute("PRAGMA journal_mode = WAL")
-        self._db.execute("PRAGMA synchronous = FULL")
-        self._db.execute("PRAGMA foreign_keys = ON")
-        if version < _SCHEMA_VERSION:
-            self._db.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version = {_SCHEMA_VERSION}; COMMIT;")
 
     def __enter__(self) -> Journal:
         return self
@@ -130,12 +110,25 @@ class Journal:
         return self.blob(digest)
 
     def state_at(self, task: int, position: int) -> tuple[bytes, bytes | None] | None:
-        """Return (state, released sums or None) after `position` committed rounds of a task, or None."""
+        """Return what there is after `position` committed rounds of a task, or None.
+
+        Returns:
+            The broadcast of the next round (after the last one the trained model), and released sums or None.
+        """
         row = self._db.execute(
             "SELECT content, released FROM states JOIN blobs USING (digest) WHERE task = ? AND position = ?",
             (task, position),
         ).fetchone()
         return (bytes(row["content"]), row["released"]) if row else None
+
+    def server_state_at(self, task: int, position: int) -> bytes | None:
+        """Return the server's own state after `position` committed rounds of a task, or None."""
+        row = self._db.execute(
+            "SELECT content FROM states JOIN blobs ON blobs.digest = COALESCE(states.server, states.digest) "
+            "WHERE task = ? AND position = ?",
+            (task, position),
+        ).fetchone()
+        return bytes(row["content"]) if row else None
 
     def _keep(self, content: bytes) -> bytes:
         digest = digest_of(content)
@@ -144,24 +137,25 @@ class Journal:
 
     # --- tasks --------------------------------------------------------------------------------------------------------
 
-    def submit(self, name: str, toml: str, *, bundle: bytes, moments: bytes | None, now_ms: int) -> int:
-        """Put a task into the queue, with its bundles, and return its number.
+    def submit(self, name: str, toml: str, *, purpose: str, bundle: bytes, moments: bytes | None, now_ms: int) -> int:
+        """Put a hosted task into the queue, with its bundles, and return its number.
 
         Raises:
             ConfigError: A task of this name is queued or running.
         """
         with self._transaction():
             busy = self._db.execute(
-                "SELECT status FROM tasks WHERE name = ? AND status IN ('queued', 'running')", (name,)
+                "SELECT status FROM tasks WHERE name = ? AND kind = 'hosted' AND status IN ('queued', 'running')",
+                (name,),
             ).fetchone()
             if busy:
                 raise ConfigError(
                     f"a task named {name!r} is already {busy['status']}; wait for it or choose another name"
                 )
             cursor = self._db.execute(
-                "INSERT INTO tasks (name, toml, bundle, moments, status, submitted_ms) "
-                "VALUES (?, ?, ?, ?, 'queued', ?)",
-                (name, toml, self._keep(bundle), self._keep(moments) if moments is not None else None, now_ms),
+                "INSERT INTO tasks (kind, name, purpose, toml, bundle, moments, status, submitted_ms) "
+                "VALUES ('hosted', ?, ?, ?, ?, ?, 'queued', ?)",
+                (name, purpose, toml, self._keep(bundle), self._keep(moments) if moments is not None else None, now_ms),
             )
             return int(cursor.lastrowid or 0)
 
@@ -174,18 +168,32 @@ class Journal:
         row = self._db.execute("SELECT * FROM tasks WHERE id = ?", (number,)).fetchone()
         return task_row(row) if row else None
 
-    def next_task(self) -> TaskRow | None:
-        """Return the task that is running, else the first one queued, else None."""
-        row = self._db.execute(
-            "SELECT * FROM tasks WHERE status IN ('running', 'queued') ORDER BY status = 'queued', id LIMIT 1"
-        ).fetchone()
-        return task_row(row) if row else None
+    def due_tasks(self) -> list[TaskRow]:
+        """Return what could have the next round, in the order of preference.
 
-    def begin_task(self, number: int, first_state: bytes) -> None:
-        """Mark a task as running, with the state before its first round."""
+        Hosted tasks run one after the other. Requests are single rounds that somebody waits for: they go first in the
+        order they came, but every second round is the hosted task's.
+        """
+        rows = self._db.execute("SELECT * FROM tasks WHERE status IN ('running', 'queued') ORDER BY id").fetchall()
+        due = sorted(map(task_row, rows), key=lambda task: task.status == "queued")
+        hosted = [task for task in due if task.kind == "hosted"][:1]
+        requests = sorted((task for task in due if task.kind == "request"), key=lambda task: task.id)
+        return [*hosted, *requests] if self._last_round_was_a_request() else [*requests, *hosted]
+
+    def _last_round_was_a_request(self) -> bool:
+        row = self._db.execute(
+            "SELECT kind FROM rounds JOIN tasks ON tasks.id = rounds.task ORDER BY rounds.id DESC LIMIT 1"
+        ).fetchone()
+        return row is not None and row["kind"] == "request"
+
+    def begin_task(self, number: int, *, state: bytes, broadcast: bytes) -> None:
+        """Mark a task as running, with the server's state and the broadcast of its first round."""
         with self._transaction():
             self._db.execute("UPDATE tasks SET status = 'running' WHERE id = ?", (number,))
-            self._db.execute("INSERT OR IGNORE INTO states VALUES (?, 0, ?, NULL)", (number, self._keep(first_state)))
+            self._db.execute(
+                "INSERT OR IGNORE INTO states (task, position, digest, server) VALUES (?, 0, ?, ?)",
+                (number, self._keep(broadcast), self._keep(state) if state != broadcast else None),
+            )
 
     def end_task(self, number: int, status: TaskStatus, reason: str = "") -> None:
         """Mark a task that is queued or running as done, failed or cancelled; others stay as they are."""
@@ -193,6 +201,113 @@ class Journal:
             "UPDATE tasks SET status = ?, reason = ? WHERE id = ? AND status IN ('queued', 'running')",
             (status, reason, number),
         )
+
+    # --- requests -----------------------------------------------------------------------------------------------------
+
+    def ask(self, request: RoundRequest, terms: RoundTerms, *, deadline_ms: int, now_ms: int) -> int:
+        """Put a round that somebody asks for into the queue and return its number.
+
+        The same key asked again is the same request: it keeps its number, and its sums once it has committed. One that
+        ended without sums goes into the queue again.
+
+        Args:
+            request: What is asked.
+            terms: How many devices, how long.
+            deadline_ms: It fails after this time, Unix milliseconds.
+            now_ms: Unix milliseconds.
+
+        Raises:
+            ConfigError: Something else was asked under this key.
+        """
+        with self._transaction():
+            known = self._db.execute(
+                "SELECT task, content FROM requests WHERE key = ? AND key != ''", (request.key,)
+            ).fetchone()
+            if known is None:
+                return self._put_request(request, terms, deadline_ms=deadline_ms, now_ms=now_ms)
+            if known["content"] != content_digest(request):
+                raise ConfigError(
+                    f"{request.name}: something else was asked under the key {request.key!r} before. A federated "
+                    "program that is started again must ask the same as before: no clock and no chance may decide what "
+                    "it asks; after changing the program, start it in a new folder"
+                )
+            number = int(known["task"])
+            self._db.execute(
+                "UPDATE requests SET deadline_ms = ?, terms = ?, expires_unix_s = ? WHERE task = ? AND sums IS NULL",
+                (deadline_ms, canonical(terms), self._expiry(request, deadline_ms), number),
+            )
+            self._db.execute(
+                "UPDATE tasks SET status = 'queued', reason = '' WHERE id = ? AND status IN ('failed', 'cancelled')",
+                (number,),
+            )
+            return number
+
+    def _put_request(self, request: RoundRequest, terms: RoundTerms, *, deadline_ms: int, now_ms: int) -> int:
+        cursor = self._db.execute(
+            "INSERT INTO tasks (kind, name, purpose, toml, bundle, status, submitted_ms) "
+            "VALUES ('request', ?, ?, '', ?, 'queued', ?)",
+            (request.name, request.purpose, self._keep(request.bundle), now_ms),
+        )
+        number, key = int(cursor.lastrowid or 0), request.key
+        content, expiry = content_digest(request), self._expiry(request, deadline_ms)
+        self._db.execute(
+            "INSERT INTO requests (task, key, run, content, request, broadcast, terms, deadline_ms, expires_unix_s) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (
+                *(number, key, run_of(key), content, without_blobs(request)),
+                *(self._keep(request.broadcast), canonical(terms), deadline_ms, expiry),
+            ),
+        )
+        return number
+
+    def _expiry(self, request: RoundRequest, deadline_ms: int) -> int:
+        """Return after what time devices refuse the plan, Unix seconds: it makes a question asked again a new plan.
+
+        All rounds of one run of a program are one plan, so they share an expiry, for as long as it lasts.
+        """
+        deadline_s = -(-deadline_ms // 1000)
+        if not request.key:
+            query = "SELECT MAX(expires_unix_s) FROM requests WHERE content = ?"
+            (last,) = self._db.execute(query, (content_digest(request),)).fetchone()
+            return max(deadline_s, last + 1) if last is not None else deadline_s
+        query = "SELECT MAX(expires_unix_s) FROM requests WHERE run = ?"
+        (shared,) = self._db.execute(query, (run_of(request.key),)).fetchone()
+        return int(shared) if shared is not None and shared >= deadline_s else deadline_s + _RUN_S
+
+    def request(self, number: int) -> Asked | None:
+        """Return a request with its terms, or None.
+
+        Raises:
+            ConfigError: Another release wrote it.
+        """
+        row = self._db.execute("SELECT * FROM requests WHERE task = ?", (number,)).fetchone()
+        task = self.task(number)
+        if row is None or task is None:
+            return None
+        bundle, broadcast = self.blob(task.bundle), self.blob(row["broadcast"])
+        if bundle is None or broadcast is None:
+            return None
+        request = with_blobs(row["request"], bundle=bundle, broadcast=broadcast)
+        return Asked(request, decode_terms(row["terms"]), row["expires_unix_s"])
+
+    def deadline_of(self, number: int) -> int | None:
+        """Return when a request fails, Unix milliseconds; None for a hosted task."""
+        row = self._db.execute("SELECT deadline_ms FROM requests WHERE task = ?", (number,)).fetchone()
+        return int(row["deadline_ms"]) if row else None
+
+    def answer(self, number: int) -> Answer:
+        """Return how a request stands, with its sums once it has committed.
+
+        Raises:
+            ConfigError: There is no such request, or another release wrote its sums.
+        """
+        row = self._db.execute(
+            "SELECT status, reason, sums FROM requests JOIN tasks ON tasks.id = requests.task WHERE task = ?", (number,)
+        ).fetchone()
+        if row is None:
+            raise ConfigError(f"the journal has no request {number}")
+        sums = decode_sums(row["sums"]) if row["sums"] is not None else None
+        return Answer(status=row["status"], reason=row["reason"], sums=sums)
 
     # --- rounds -------------------------------------------------------------------------------------------------------
 
@@ -242,30 +357,35 @@ class Journal:
         """Note that a round in flight has moved on."""
         self._db.execute("UPDATE rounds SET phase = ?, cohort = ? WHERE id = ?", (phase, _json(sorted(cohort)), row))
 
-    def commit_round(
-        self, row: int, ending: Ending, *, metrics: Mapping[str, float], state: bytes, released: bytes | None
-    ) -> None:
-        """Commit a round, the state that came of it and the task's progress, all or nothing."""
+    def commit_round(self, row: int, ending: Ending, result: Result) -> None:
+        """Commit a round, what came of it and the task's progress, all or nothing."""
         with self._transaction():
-            self._end(row, "committed", "", ending, metrics)
+            self._end(row, "committed", "", "", ending, result.metrics)
             task, position = self._db.execute("SELECT task, position FROM rounds WHERE id = ?", (row,)).fetchone()
+            server = self._keep(result.state) if result.state != result.broadcast else None
             self._db.execute(
-                "INSERT INTO states VALUES (?, ?, ?, ?)", (task, position + 1, self._keep(state), released)
+                "INSERT INTO states (task, position, digest, server, released) VALUES (?, ?, ?, ?, ?)",
+                (task, position + 1, self._keep(result.broadcast), server, result.released),
             )
             self._db.execute("UPDATE tasks SET position = ? WHERE id = ?", (position + 1, task))
+            if result.sums is not None:
+                self._db.execute("UPDATE requests SET sums = ? WHERE task = ?", (result.sums, task))
+                self._db.execute("UPDATE tasks SET status = 'done', reason = '' WHERE id = ?", (task,))
 
-    def abandon_round(self, row: int, reason: str, ending: Ending) -> None:
-        """Note that a round ended without a result."""
+    def abandon_round(self, row: int, reason: str, ending: Ending, *, detail: str = "") -> None:
+        """Note that a round ended without a result: the reason as a short code, the detail in words."""
         with self._transaction():
-            self._end(row, "abandoned", reason, ending, {})
+            self._end(row, "abandoned", reason, detail, ending, {})
 
-    def _end(self, row: int, phase: Phase, reason: str, ending: Ending, metrics: Mapping[str, float]) -> None:
+    def _end(
+        self, row: int, phase: Phase, reason: str, detail: str, ending: Ending, metrics: Mapping[str, float]
+    ) -> None:
         names = (_json(sorted(ending.cohort)), _json(sorted(ending.survivors)), _json(ending.dropped), _json(metrics))
         traffic = (_json(ending.traffic.up), _json(ending.traffic.down), ending.traffic.broadcast)
         self._db.execute(
-            "UPDATE rounds SET phase = ?, reason = ?, cohort = ?, survivors = ?, dropped = ?, metrics = ?, "
+            "UPDATE rounds SET phase = ?, reason = ?, detail = ?, cohort = ?, survivors = ?, dropped = ?, metrics = ?, "
             "bytes_up = ?, bytes_down = ?, broadcast_bytes = ?, ended_ms = ? WHERE id = ?",
-            (phase, reason, *names, *traffic, ending.ended_ms, row),
+            (phase, reason, detail, *names, *traffic, ending.ended_ms, row),
         )
 
     def open_rounds(self) -> list[RoundRow]:
@@ -275,6 +395,15 @@ class Journal:
     def rounds(self, *, limit: int | None = None) -> list[RoundRow]:
         """Return the newest `limit` rounds (all by default), the newest last."""
         return self._rounds("ORDER BY rounds.id DESC LIMIT ?", (-1 if limit is None else limit,))[::-1]
+
+    def rounds_of(self, task: int) -> list[RoundRow]:
+        """Return the rounds of one task, the newest last."""
+        return self._rounds("WHERE rounds.task = ? ORDER BY rounds.id", (task,))
+
+    def committed_rounds(self, task: int, plan_name: str) -> int:
+        """Return how many rounds of a task have committed under the plan of this name."""
+        query = "SELECT COUNT(*) FROM rounds WHERE task = ? AND plan_name = ? AND phase = 'committed'"
+        return int(self._db.execute(query, (task, plan_name)).fetchone()[0])
 
     def _rounds(self, suffix: str, values: Sequence[Any]) -> list[RoundRow]:
         query = "SELECT rounds.*, tasks.name AS task_name FROM rounds JOIN tasks ON tasks.id = rounds.task "

@@ -8,18 +8,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
+from sottovoce.language.ports import RoundSums
+
 TaskStatus: TypeAlias = Literal["queued", "running", "done", "failed", "cancelled"]
+TaskKind: TypeAlias = Literal["hosted", "request"]
 Phase: TypeAlias = Literal["selection", "configuration", "reporting", "committed", "abandoned"]
 
 
 @dataclass(frozen=True, slots=True)
 class TaskRow:
-    """A task as it stands.
+    """A task as it stands: a task file that the coordinator hosts, or a single round that somebody asked for.
 
     Attributes:
         id: Row number; tasks run in this order.
-        name: The task's name.
-        toml: The task file's text.
+        kind: hosted or request.
+        name: The task's name; of a request its computation's.
+        purpose: In plain words, as device owners read it.
+        toml: The task file's text, empty for a request.
         bundle: Digest of the bundle blob.
         moments: Digest of the moments bundle blob, or None.
         status: queued, running, done, failed or cancelled.
@@ -28,7 +33,9 @@ class TaskRow:
     """
 
     id: int
+    kind: TaskKind
     name: str
+    purpose: str
     toml: str
     bundle: bytes
     moments: bytes | None
@@ -65,7 +72,8 @@ class RoundRow:
         plan_name: Name of the plan.
         state: Digest of the state it started from.
         phase: Where it stands.
-        reason: Why it was abandoned, else empty.
+        reason: Why it was abandoned, as a short code, else empty.
+        detail: The same in words.
         cohort, survivors: Device ids.
         dropped: Stage -> device ids.
         metrics: Name -> number.
@@ -83,6 +91,7 @@ class RoundRow:
     state: bytes
     phase: Phase
     reason: str
+    detail: str
     cohort: list[str]
     survivors: list[str]
     dropped: dict[str, list[str]]
@@ -134,11 +143,47 @@ class Ending:
     ended_ms: int
 
 
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What came of a committed round.
+
+    Attributes:
+        state: The server's state, named tensors as bytes.
+        broadcast: What devices are given next, named tensors as bytes; often the same.
+        metrics: Name -> number.
+        released: Released sums, named tensors as bytes, or None.
+        sums: The answer to a request, as `coordinator.requests` writes it; None for a hosted task.
+    """
+
+    state: bytes
+    broadcast: bytes
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    released: bytes | None = None
+    sums: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """How a request stands.
+
+    Attributes:
+        status: queued, running, done, failed or cancelled.
+        reason: Why it failed: a short code, a colon, and words.
+        sums: What it brought, once it is done.
+    """
+
+    status: TaskStatus
+    reason: str
+    sums: RoundSums | None
+
+
 def task_row(row: sqlite3.Row) -> TaskRow:
     """Return a row of the table `tasks`."""
     return TaskRow(
         id=row["id"],
+        kind=row["kind"],
         name=row["name"],
+        purpose=row["purpose"],
         toml=row["toml"],
         bundle=bytes(row["bundle"]),
         moments=bytes(row["moments"]) if row["moments"] is not None else None,
@@ -161,6 +206,7 @@ def round_row(row: sqlite3.Row) -> RoundRow:
         state=bytes(row["state"]),
         phase=row["phase"],
         reason=row["reason"],
+        detail=row["detail"],
         cohort=json.loads(row["cohort"]),
         survivors=json.loads(row["survivors"]),
         dropped=json.loads(row["dropped"]),

@@ -6,7 +6,7 @@ function takes the phase and returns the next one with its effects; an error lea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -191,10 +191,10 @@ def receive_chunk(
     """
     if chunk.session != phase.session.session_id:
         raise ForeignSession(f"a chunk of {device} for another session")
-    vector = phase.uploads.add_chunk(device, chunk.index, chunk.content, situation.now_ms)
-    if vector is None:
+    upload = phase.uploads.add_chunk(device, chunk.index, chunk.content, situation.now_ms)
+    if upload is None:
         return phase, progress(phase, device)
-    phase.session.add_vector(device, vector)
+    phase.session.add_vector(device, upload)
     return phase, [*progress(phase, device), *granted(situation, phase)]
 
 
@@ -213,21 +213,22 @@ def advance(situation: Situation, phase: Reporting) -> tuple[Phase, list[Effect]
     return (phase, effects) if effects else None
 
 
-def waiting_for(phase: Reporting) -> frozenset[str]:
-    """Return the devices that the open stage still waits for."""
-    return (phase.session.waiting_for() & phase.expected) - phase.withdrawn
+def waiting_for(phase: Reporting) -> Iterator[str]:
+    """Yield the devices that the open stage still waits for."""
+    return (device for device in phase.session.owing if device in phase.expected and device not in phase.withdrawn)
 
 
 def _stage_is_over(situation: Situation, phase: Reporting) -> bool:
-    waiting = waiting_for(phase)
-    if not waiting or situation.now_ms >= phase.stage_closes_ms:
+    if situation.now_ms >= phase.stage_closes_ms:
         return True
-    patient = (
-        {device for device, stays in phase.invited.items() if not stays} if phase.stage == "advertise_keys" else ()
-    )
-    gone = all(situation.presence.gone(device, situation.now_ms) and device not in patient for device in waiting)
+    lost = 0
+    for device in waiting_for(phase):  # Usually the first one stays: this runs after every message.
+        patient = phase.stage == "advertise_keys" and not phase.invited.get(device, True)
+        if patient or not situation.presence.gone(device, situation.now_ms):
+            return False
+        lost += 1
     # When a broker fails, everybody seems gone. Closing early must not be what abandons the round.
-    return gone and len(phase.expected) - len(waiting) >= situation.terms.minimum
+    return lost == 0 or len(phase.expected) - lost >= situation.terms.minimum
 
 
 def _close_stage(situation: Situation, phase: Reporting) -> tuple[Phase, list[Effect]]:

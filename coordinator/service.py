@@ -28,7 +28,7 @@ from coordinator.phases import (
     StageOpened,
 )
 from coordinator.record import RoundRecord
-from coordinator.sequence import RoundSequence, Setup
+from coordinator.sequence import LOOK_AGAIN_MS, RoundSequence, Setup
 from sottovoce.errors import (
     CryptoError,
     RemoteProtocolError,
@@ -41,8 +41,8 @@ from sottovoce.wire.codec import Opened, seal
 from sottovoce.wire.messages import Message, RoundOver
 from sottovoce.wire.topics import Topics
 
-_POLL_MS = 1000
-"""How often the queue of tasks is looked at."""
+_WRITE_DOWN_MS = 1000
+"""How often counts of refused messages are written down."""
 _BUSY_MS = 20
 """How soon to look again while blobs wait for room on the link."""
 
@@ -70,7 +70,8 @@ class Service:
             setup, journal=journal, announcer=self._announcer, fleet=self._fleet, events=events
         )
         self._refusals = Refusals()
-        self._polled_ms = -_POLL_MS
+        self._looked_ms = -LOOK_AGAIN_MS
+        self._written_ms = -_WRITE_DOWN_MS
         self._kept: dict[str, bytes] = {}
         self._told: dict[str, tuple[int, int]] = {}
         self._was_connected = False
@@ -107,7 +108,8 @@ class Service:
         if self._sequence.opening or not self._announcer.advance():
             return _BUSY_MS / 1000
         deadline = self._sequence.current.round.next_deadline_ms(now_ms) if self._sequence.current else None
-        due_ms = self._polled_ms + _POLL_MS if deadline is None else min(deadline, self._polled_ms + _POLL_MS)
+        look_ms = self._looked_ms + LOOK_AGAIN_MS
+        due_ms = look_ms if deadline is None else min(deadline, look_ms)
         return max(0, due_ms - now_ms) / 1000
 
     @property
@@ -128,14 +130,15 @@ class Service:
         self._announcer.advance()
 
     def _poll(self, now_ms: int) -> None:
-        """Once a second: write down the refusals, and look whether the task has been cancelled."""
-        if now_ms - self._polled_ms < _POLL_MS:
+        """Look whether the round in flight is still wanted, and now and then write down the refusals."""
+        if now_ms - self._looked_ms < LOOK_AGAIN_MS:
             return
-        self._polled_ms = now_ms
-        if counts := self._refusals.take():
+        self._looked_ms = now_ms
+        if now_ms - self._written_ms >= _WRITE_DOWN_MS and (counts := self._refusals.take()):
             self._journal.count_refusals(counts)
-        if self._sequence.cancelled():
-            self._feed(lambda current: current.round.abandon("cancelled"), now_ms)
+            self._written_ms = now_ms
+        if (overtaken := self._sequence.overtaken(now_ms)) is not None:
+            self._feed(lambda current: current.round.abandon(*overtaken), now_ms)
 
     # --- what comes in ------------------------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar
@@ -39,6 +39,20 @@ def read_toml(text: str, kind: type[D], *, where: str) -> D:
         tables = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{where} is not a TOML file: {error}") from error
+    return read_tables(tables, kind, where=where)
+
+
+def read_tables(tables: Mapping[str, object], kind: type[D], *, where: str) -> D:
+    """Return nested `tables` as a `kind`.
+
+    Args:
+        tables: Key -> value or table.
+        kind: What it must be.
+        where: Where they were written, for the error.
+
+    Raises:
+        ConfigError: An unknown key, a missing key, a wrong type or a number out of range.
+    """
     try:
         return msgspec.convert(tables, kind)
     except msgspec.ValidationError as error:
@@ -211,6 +225,11 @@ def read_settings(path: Path) -> CoordinatorSettings:
         broker=msgspec.structs.replace(broker, **absolute),
         uploads=file.uploads,
     )
+
+
+def lock_file(journal: Path) -> Path:
+    """Return the file that a running coordinator holds a lock on."""
+    return journal.with_name(journal.name + ".lock")
 
 
 SETTINGS_TEMPLATE = """\

@@ -10,14 +10,22 @@ from coordinator.journal_rows import RoundRow
 if TYPE_CHECKING:
     from rich.console import Console
 
-_ROUNDS_SHOWN = 20
+_ROUNDS_SHOWN = _TASKS_SHOWN = 20
 
 
 def status_document(journal: Journal) -> dict[str, Any]:
     """Return tasks, rounds, refusals and the number of enrolled devices as plain values, ready for JSON."""
     return {
         "tasks": [
-            {"name": task.name, "status": task.status, "reason": task.reason, "rounds_committed": task.position}
+            {
+                "number": task.id,
+                "kind": task.kind,
+                "name": task.name,
+                "purpose": task.purpose,
+                "status": task.status,
+                "reason": task.reason,
+                "rounds_committed": task.position,
+            }
             for task in journal.tasks()
         ],
         "rounds": [_round_document(row) for row in journal.rounds()],
@@ -30,9 +38,10 @@ def print_status(journal: Journal, console: Console) -> None:
     """Print tasks, the last rounds and refusals as tables."""
     from rich.table import Table
 
-    tasks = Table("task", "status", "rounds committed", "reason", title="Tasks")
-    for task in journal.tasks():
-        tasks.add_row(task.name, task.status, str(task.position), task.reason)
+    tasks = Table("number", "task", "status", "rounds committed", "purpose", "reason", title="Tasks and requests")
+    for task in journal.tasks()[-_TASKS_SHOWN:]:
+        name = task.name if task.kind == "hosted" else f"{task.name} (request)"
+        tasks.add_row(str(task.id), name, task.status, str(task.position), task.purpose, task.reason)
     rounds = Table("round", "plan", "phase", "cohort", "survivors", "dropped", "seconds", "metrics", title="Rounds")
     for row in journal.rounds(limit=_ROUNDS_SHOWN):
         rounds.add_row(*_cells(row))
@@ -48,7 +57,7 @@ def print_status(journal: Journal, console: Console) -> None:
 
 
 def _cells(row: RoundRow) -> tuple[str, ...]:
-    phase = f"{row.phase}: {row.reason}" if row.reason else row.phase
+    phase = f"{row.phase}: {row.reason} ({row.detail})" if row.reason else row.phase
     dropped = "; ".join(f"{stage}: {', '.join(devices)}" for stage, devices in row.dropped.items())
     seconds = "" if row.ended_ms is None else f"{(row.ended_ms - row.started_ms) / 1000:.1f}"
     metrics = " ".join(f"{name} {value:.4g}" for name, value in row.metrics.items())
@@ -64,6 +73,7 @@ def _round_document(row: RoundRow) -> dict[str, Any]:
         "attempt": row.attempt,
         "phase": row.phase,
         "reason": row.reason,
+        "detail": row.detail,
         "cohort": row.cohort,
         "survivors": row.survivors,
         "dropped": row.dropped,

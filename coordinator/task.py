@@ -2,54 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Literal
 
 import msgspec
 
-from coordinator.graph_parameters import graph_parameters
-from coordinator.settings import Name, Positive, Seconds, Share, read_toml
+from coordinator.settings import Name, Positive, read_toml
+from coordinator.terms import CohortTerms, RoundTerms, SecAggTerms, Timing, check_terms
 from sottovoce.errors import ConfigError
+from sottovoce.language.server_optimizer import by_name
 from sottovoce.plan import Counted, Document, Encoding, Quantised
-from sottovoce.secagg.graph import BASIS_POINTS, COMPLETE_GRAPH_LIMIT, LARGEST_COHORT, SMALLEST_COHORT, threshold
-
-UNCAPPED_WEIGHT = 1_000_000
-"""Weight cap of plans in which nothing is weighted: the number of examples is only counted."""
-
-
-class CohortTerms(Document, frozen=True):
-    """How many devices take part.
-
-    Attributes:
-        goal: Devices wanted in a round.
-        minimum: Fewest devices whose sum may be unmasked; also the plan's promise to every device.
-        over_selection: So many times the goal are asked to train, because some will drop out.
-    """
-
-    goal: Positive
-    minimum: Annotated[int, msgspec.Meta(ge=SMALLEST_COHORT)]
-    over_selection: Annotated[float, msgspec.Meta(ge=1, le=4)] = 1.0
-
-    @property
-    def wanted(self) -> int:
-        """Devices to select: the goal with over-selection."""
-        return math.ceil(self.goal * self.over_selection - 1e-9)
-
-
-class Timing(Document, frozen=True):
-    """How long things may take, in seconds.
-
-    Attributes:
-        selection_s: For check-ins.
-        training_s: For training, from the announcement's selection to the rendezvous.
-        stage_s: For each of the five stages of the rendezvous.
-        retry_delay_s: Before an abandoned round is tried again.
-    """
-
-    selection_s: Seconds = 60.0
-    training_s: Seconds = 3600.0
-    stage_s: Seconds = 60.0
-    retry_delay_s: Annotated[float, msgspec.Meta(ge=0)] = 30.0
 
 
 class WorkTerms(Document, frozen=True):
@@ -61,10 +22,31 @@ class WorkTerms(Document, frozen=True):
 
 
 class OptimizerTerms(Document, frozen=True):
-    """Learning rates: the devices' (broadcast to the program's port `learning_rate`) and the server's (1.0: FedAvg)."""
+    """The devices' learning rate, and what the server makes of their mean update.
+
+    Attributes:
+        learning_rate: The devices', broadcast to the program's port `learning_rate`; None leaves the bundle's own.
+        learning_rate_decay: Each round's is the one before times this.
+        server: A name of `sottovoce.language.server_optimizer`; sgd with rate 1 is federated averaging.
+        server_learning_rate, server_momentum, server_beta_1, server_beta_2, server_tau: Its rates, None for its own
+            default; each server optimizer has some of them.
+    """
 
     learning_rate: Annotated[float, msgspec.Meta(gt=0)] | None = None
-    server_learning_rate: Annotated[float, msgspec.Meta(gt=0)] = 1.0
+    learning_rate_decay: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
+    server: str = "sgd"
+    server_learning_rate: float | None = None
+    server_momentum: float | None = None
+    server_beta_1: float | None = None
+    server_beta_2: float | None = None
+    server_tau: float | None = None
+
+    @property
+    def server_options(self) -> dict[str, float]:
+        """The rates that were given, by the names that `sottovoce.language.server_optimizer` has for them."""
+        names = ("learning_rate", "momentum", "beta_1", "beta_2", "tau")
+        given = {name: getattr(self, f"server_{name}") for name in names}
+        return {name: value for name, value in given.items() if value is not None}
 
 
 class UpdateTerms(Document, frozen=True):
@@ -115,14 +97,6 @@ class SumTerms(Document, frozen=True):
         raise ConfigError(f"{where}: write either maximum (whole numbers) or half_range and bits (real values)")
 
 
-class SecAggTerms(Document, frozen=True):
-    """What is assumed of the fleet: the mode, and the shares of corrupt devices and of dropouts."""
-
-    mode: Literal["active", "curious"] = "active"
-    corrupt_share: Share = 0.05
-    dropout_share: Share = 0.05
-
-
 class Standardise(Document, frozen=True):
     """A first masked round of a moments program, from which `mean` and `std` of the inputs follow.
 
@@ -153,28 +127,25 @@ class Task(Document, frozen=True):
     secagg: SecAggTerms = SecAggTerms()
     standardise: Standardise | None = None
 
+    @property
+    def terms(self) -> RoundTerms:
+        """The terms of every one of its rounds."""
+        return RoundTerms(cohort=self.cohort, time=self.time, secagg=self.secagg)
+
 
 def read_task(text: str, *, where: str = "the task") -> Task:
-    """Return the task in the TOML `text`; what depends on the bundle is checked by `program.build_program`.
+    """Return the task in the TOML `text`; what depends on the bundle is checked by `hosted.hosted_program`.
 
     Raises:
         ConfigError: Something in it is wrong; the text names the key and says what to write.
     """
     task = read_toml(text, Task, where=where)
+    check_terms(task.terms, where=where)
+    try:
+        by_name(task.optimizer.server, task.optimizer.server_options)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: optimizer.server: {error}; its keys begin with server_, as server_tau") from error
     rules = (
-        (
-            task.cohort.minimum <= task.cohort.goal,
-            f"cohort.minimum: {task.cohort.minimum} is more than cohort.goal, {task.cohort.goal}; lower it",
-        ),
-        (
-            task.cohort.wanted <= LARGEST_COHORT,
-            f"cohort.goal: {task.cohort.wanted} devices with over-selection; at most {LARGEST_COHORT} in one round",
-        ),
-        (
-            _answers_needed(task) <= task.cohort.wanted,
-            f"cohort.goal: {task.cohort.wanted} devices are too few in {task.secagg.mode} mode, which needs "
-            f'{_answers_needed(task)} of them; raise it (or, for a try without liars: secagg.mode = "curious")',
-        ),
         (
             task.update is None or task.update.noise_multiplier == 0,
             "update.noise_multiplier: this release cannot add noise yet; remove the line",
@@ -184,17 +155,4 @@ def read_task(text: str, *, where: str = "the task") -> Task:
     for holds, text_if_not in rules:
         if not holds:
             raise ConfigError(f"{where}: {text_if_not}")
-    if task.cohort.wanted > COMPLETE_GRAPH_LIMIT:
-        graph_parameters(
-            clients=task.cohort.wanted,
-            corrupt_share=task.secagg.corrupt_share,
-            dropout_share=task.secagg.dropout_share,
-            mode=task.secagg.mode,
-        )
     return task
-
-
-def _answers_needed(task: Task) -> int:
-    """Return how many of a full cohort must answer; in active mode a device needs the signatures of t others."""
-    shares = threshold(task.secagg.mode, task.cohort.wanted, round(BASIS_POINTS * task.secagg.corrupt_share))
-    return shares + (task.secagg.mode == "active")

@@ -38,6 +38,7 @@ examples, and only masked results leave it. The owner's limits stand in agent.to
   4. edge-agent import digits my-digits.csv                                   adds examples; they stay here
   5. edge-agent run                                                           takes part, until it is stopped
   6. edge-agent infer digits.svp new.csv                                      uses what the fleet has learned
+     edge-agent suggest hello                                                 and what it has counted
 
 `edge-agent status` shows what has left this device, and for what purpose."""
 
@@ -210,12 +211,21 @@ def _import(options: argparse.Namespace) -> None:
 
 
 def _forget(options: argparse.Namespace) -> None:
+    from edge_agent.client_states import forget_client_states
     from edge_agent.examples import ExampleStore
 
     home = _home(options)
     load_config(home)
-    if bool(options.collection) == options.all:
-        raise ConfigError("say which collection to forget, or --all")
+    if sum((bool(options.collection), bool(options.client_state), options.all)) != 1:
+        raise ConfigError("say which collection to forget, or --client-state SLOT, or --all")
+    # What was computed from examples goes with them.
+    slots = forget_client_states(home.client_states, slot=options.client_state, collection=options.collection)
+    for slot in slots:
+        print(f"forgot client state {slot}")
+    if options.client_state:
+        if not slots:
+            print(f"nothing is kept in client state {options.client_state}")
+        return
     with ExampleStore(home.examples) as store:
         for collection in list(store.collections()) if options.all else [options.collection]:
             print(f"forgot {store.forget(collection)} examples of {collection}")
@@ -236,6 +246,27 @@ def _infer(options: argparse.Namespace) -> None:
     print(f"with {model.origin}:")
     for number, row in enumerate(rows):
         print(f"{number}: " + ", ".join(f"{name} {_value(value)}" for name, value in row.items()))
+
+
+def _suggest(options: argparse.Namespace) -> None:
+    from edge_agent.examples import ExampleStore
+    from edge_agent.published import PUBLISHED_FOLDER, read_published
+    from edge_agent.suggestions import last_word, newest_table, own_pairs, suggest
+
+    home = _home(options)
+    load_config(home)
+    word = last_word(" ".join(options.text))
+    table = newest_table(read_published(home.path / PUBLISHED_FOLDER), options.plan)
+    with ExampleStore(home.examples) as examples:
+        found = suggest(table, word, own_pairs(examples, table), limit=max(1, options.number))
+    origin = f"plan {table.plan.name}, round {table.round}"
+    if options.json:
+        rows = [dataclasses.asdict(each) for each in found]
+        print(msgspec.json.encode({"after": word, "origin": origin, "suggestions": rows}).decode())
+        return
+    print(f"after {word!r} ({origin}):" if found else f"nothing is known to follow {word!r} ({origin})")
+    for each in found:
+        print(f"  {each.word:<16} {each.share:4.0%}   {each.fleet} in the fleet, {each.own} here")
 
 
 def _value(value: object) -> str:
@@ -305,11 +336,19 @@ def _parser() -> argparse.ArgumentParser:
         help="whose weights (default: the fleet's latest, else the file's own)",
     )
     infer.add_argument("--json", action="store_true", help="print all numbers, as JSON")
+    suggesting = command(
+        "suggest", _suggest, "say which words may follow one, by the fleet's published table and yours"
+    )
+    suggesting.add_argument("text", nargs="+", metavar="WORD", help="of several the last one counts")
+    suggesting.add_argument("--plan", metavar="NAME", help="whose table (default: the newest)")
+    suggesting.add_argument("-n", dest="number", type=int, default=3, metavar="N", help="how many words (default: 3)")
+    suggesting.add_argument("--json", action="store_true", help="print them as JSON")
     status = command("status", _status, "show identity, policy, examples, and what has left this device")
     status.add_argument("--json", action="store_true", help="print it as JSON")
-    forget = command("forget", _forget, "erase examples from this device")
+    forget = command("forget", _forget, "erase examples, and what programs keep of them, from this device")
     forget.add_argument("collection", nargs="?", metavar="COLLECTION")
-    forget.add_argument("--all", action="store_true", help="every collection")
+    forget.add_argument("--client-state", metavar="SLOT", help="only what programs keep in this slot")
+    forget.add_argument("--all", action="store_true", help="every collection and every slot")
     for each in (run, once, infer):
         each.add_argument(
             "--runtime", choices=("auto", "litert", "tflite"), help="the TFLite runtime (default: what agent.toml says)"

@@ -229,12 +229,19 @@ tls = {tls}
 # minimum_corrupt_share_bp = 500
 # "active" withstands a coordinator that lies to devices; "curious" only one that listens.
 # modes = ["active"]
-# How often an update computed from one and the same state may leave this device.
+# How often an update computed from one and the same state, and from examples that were used before, may leave.
 # max_releases_per_state = 2
 # A plan may count at most so many examples of this device; 0 is no limit.
 # max_weight = 0
 # Real-valued results must be clipped to at most this norm; 0 is no limit.
 # max_clip_norm = 0.0
+# Counts: at most so many entries of this device that are not 0, each at most so large; 0 is no limit.
+# max_entries = 0
+# max_count = 0
+# Fewest words in a vocabulary that messages are read by; 1 allows to ask for a single word.
+# minimum_vocabulary = 2
+# What programs may keep on this device from one round to the next, in bytes, all slots together; 0 refuses it.
+# max_client_state_bytes = 1048576
 # Processor threads that a program may use.
 # threads = 1
 

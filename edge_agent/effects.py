@@ -31,6 +31,7 @@ class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         attempt: Attempt within the round.
         route: The route given in the selection.
         session: Session id once a masked byte may have left, else empty: the part in this round is then over.
+        publishes: Digest of the plan if its outcome carries sums for everybody, else empty.
     """
 
     announcement: bytes
@@ -41,6 +42,30 @@ class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     attempt: int
     route: str
     session: bytes = b""
+    publishes: bytes = b""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NextClientState:
+    """The value that a program has computed for its slot of client state; it waits for the outcome of the round.
+
+    Attributes:
+        slot: Name of the slot.
+        version: Version of the slot.
+        types: Names and types of what is in it.
+        plan_name: The plan that computed it.
+        collection: The collection of examples that it was computed from.
+        base: Which value it was computed from (`edge_agent.client_states.Reading.base`).
+        content: Named tensors.
+    """
+
+    slot: str
+    version: int
+    types: str
+    plan_name: str
+    collection: str
+    base: str
+    content: bytes = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +75,31 @@ class Contribution:
     Attributes:
         values: Every result and metric by name: its tensors in order.
         weight: Number of examples used.
+        client_state: What the program's slot becomes if this reaches the sum; it never leaves the device.
+        newest_example: Number of the newest example in the collection when the work began.
     """
 
     values: dict[str, list[Array]] = field(repr=False)
     weight: int
+    client_state: NextClientState | None = None
+    newest_example: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RoundId:
+    """Names one attempt of one round of one coordinator, as its signed announcement and outcome do.
+
+    Attributes:
+        announcement: Digest of the announcement's envelope.
+        coordinator: Name of the coordinator that signed it.
+        round: Round number.
+        attempt: Attempt within the round.
+    """
+
+    announcement: bytes
+    coordinator: str
+    round: int
+    attempt: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +108,16 @@ class LocalFacts:
 
     Attributes:
         last_round: Newest (round, attempt) of this plan's name that the device has finished, None for none.
-        releases: How often something computed from this very state has left the device.
+        releases: How often something computed from this very state, and from examples that the plan would still use,
+            has left the device.
         examples: Number of local examples in the plan's collection.
+        last_release: Round and time (Unix seconds) of the last release for plans of this name, None before the first.
     """
 
     last_round: tuple[int, int] | None
     releases: int
     examples: int
+    last_release: tuple[int, float] | None = None
 
 
 # --- events: from the shell to the core -------------------------------------------------------------------------------
@@ -204,6 +253,22 @@ class Spend:
 
 
 @dataclass(frozen=True, slots=True)
+class HoldClientState:
+    """Hold the new client state, durably, until the outcome of `round` is heard."""
+
+    round: RoundId
+    value: NextClientState
+
+
+@dataclass(frozen=True, slots=True)
+class SettleClientState:
+    """The signed outcome of `round`: keep the client state held for it if this device survived, else drop it."""
+
+    round: RoundId
+    survived: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Remember:
     """Keep this entry on disk, or forget the one that is there (None)."""
 
@@ -232,6 +297,15 @@ class AdoptState:
     """Fetch this state and keep it as the latest one of `program`, for the device's own use."""
 
     program: bytes
+    ref: BlobRef
+    round: int
+
+
+@dataclass(frozen=True, slots=True)
+class KeepPublished:
+    """Fetch the sums that a round has published and keep them, with the plan of this digest, for the device's use."""
+
+    plan: bytes
     ref: BlobRef
     round: int
 
@@ -268,10 +342,13 @@ Effect: TypeAlias = (
     | LoadContribution
     | ForgetPending
     | Spend
+    | HoldClientState
+    | SettleClientState
     | Remember
     | Settle
     | AdvanceRound
     | AdoptState
+    | KeepPublished
     | KeepEvidence
     | KeepTime
     | Log

@@ -1,11 +1,13 @@
 """Reads examples out of files: .npz, .csv and .jsonl become rows of named arrays, or an error that names the place.
 
     .npz     one array per column, equal first dimensions
-    .csv     a header; cells are numbers or JSON lists; a vector may be spread over columns name[0], name[1], ...
-    .jsonl   one object a line; values are numbers or nested lists
+    .csv     a header; cells are numbers or JSON lists; a vector may be spread over columns name[0], name[1], ...; a
+             column whose first cell is neither is one of text
+    .jsonl   one object a line; values are numbers, nested lists or text
 
 Whole numbers become int32, or int64 where they do not fit; real numbers become float32; true and false become 1 and 0.
-One column has one type and one shape in all rows. Text, missing values, NaN and infinity are refused.
+One column has one type and one shape in all rows. Text has at most 10,000 characters and a column of its own. Missing
+values, NaN and infinity are refused.
 """
 
 from __future__ import annotations
@@ -36,6 +38,9 @@ _UNREADABLE_NPZ = (
 )
 """What np.load and zipfile raise on damaged files."""
 _WIDENS = ("int32", "int64", "float32")  # A column has the first of these that holds all its values.
+TEXT = "str"
+"""The dtype of a column of text."""
+MAX_TEXT_CHARACTERS = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +60,15 @@ class Column:
         """Shape of one example's value; every dimension is known."""
         return tuple(length for length in self.type.shape if length is not None)
 
+    @property
+    def is_text(self) -> bool:
+        """True for a column of text."""
+        return self.type.dtype == TEXT
+
     def accepts(self, other: Column) -> bool:
         """Say whether values of `other` can be kept in this column: the same shape, and no real number as a whole."""
+        if self.is_text or other.is_text:
+            return self.type == other.type
         widens = _WIDENS.index(other.type.dtype) <= _WIDENS.index(self.type.dtype)
         return widens and other.type.shape == self.type.shape
 
@@ -96,7 +108,8 @@ def measure(rows: Rows) -> dict[str, Column]:
     """Return the columns that hold every row.
 
     Raises:
-        BadExamples: There is no row, a value is not a finite number, or columns or shapes change from row to row.
+        BadExamples: There is no row, a value is neither a finite number nor text that can be kept, or columns, types
+            or shapes change from row to row.
     """
     columns: dict[str, Column] = {}
     for place, cells in rows:
@@ -114,18 +127,34 @@ def measure(rows: Rows) -> dict[str, Column]:
 
 def _measure_cell(cell: object, place: str, name: str) -> Column:
     where = f"{place}, column {name!r}"
+    if isinstance(cell, str) and name:
+        return _measure_text(cell, place, where)
     try:
         array = np.asarray(cell)
     except (ValueError, OverflowError) as error:
         raise BadExamples(f"{where}: the lists have different lengths; fill them up to one shape") from error
     dtype = _dtype_for(array)
     if dtype is None:
-        raise BadExamples(f"{where}: {_shown(cell)} is not a number; write labels as whole numbers from 0")
+        raise BadExamples(f"{where}: {_shown(cell)} is neither a number nor text; write labels as whole numbers from 0")
     if not dtype:
         raise BadExamples(f"{where}: {_shown(cell)} is NaN, infinite or too large; leave the example out or fill it")
     if not array.size or not name:
         raise BadExamples(f"{where}: the list is empty" if name else f"{place}: a column has no name")
     return Column(TensorType(dtype, array.shape), since=place)
+
+
+def _measure_text(text: str, place: str, where: str) -> Column:
+    if len(text) > MAX_TEXT_CHARACTERS:
+        raise BadExamples(
+            f"{where}: a text of {len(text)} characters; at most {MAX_TEXT_CHARACTERS} can be kept, cut it"
+        )
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadExamples(
+            f"{where}: {_shown(text)} is not Unicode text: half a character without its other half"
+        ) from error
+    return Column(TensorType(TEXT, ()), since=place)
 
 
 def _dtype_for(array: Array) -> str | None:
@@ -148,6 +177,9 @@ def _holds(dtype: str, low: int, high: int) -> bool:
 
 
 def _widened(column: Column, found: Column, place: str, name: str) -> Column:
+    if column.is_text != found.is_text:
+        now, before = ("text", "numbers") if found.is_text else ("a number", "text")
+        raise BadExamples(f"{place}, column {name!r}: {now}, but {before} before; one column has one type")
     if column.type.shape != found.type.shape:
         raise BadExamples(
             f"{place}, column {name!r}: shape {list(found.type.shape)}, but {list(column.type.shape)} before; "
@@ -204,9 +236,12 @@ def _csv_rows(path: Path) -> Rows:
         try:
             header = [name.strip() for name in next(reader, [])]
             layout = csv_layout(header)
+            texts: frozenset[int] | None = None
             for cells in reader:
                 if cells:
-                    yield f"line {reader.line_num}", csv_cells(cells, header, layout, f"line {reader.line_num}")
+                    texts = _text_positions(cells, layout) if texts is None else texts
+                    place = f"line {reader.line_num}"
+                    yield place, csv_cells(cells, header, layout, place, texts=texts)
         except csv.Error as error:
             raise BadExamples(f"line {reader.line_num}: {error}") from error
         except UnicodeDecodeError as error:
@@ -238,15 +273,50 @@ def csv_layout(header: list[str]) -> dict[str, int | list[int]]:
     return layout
 
 
-def csv_cells(cells: list[str], header: list[str], layout: Mapping[str, int | list[int]], place: str) -> Cells:
-    """Return the cells of one line of CSV by column. Raises BadExamples: too many or too few, or one is no number."""
+def csv_cells(
+    cells: list[str],
+    header: list[str],
+    layout: Mapping[str, int | list[int]],
+    place: str,
+    *,
+    texts: frozenset[int] = frozenset(),
+) -> Cells:
+    """Return the cells of one line of CSV by column.
+
+    Args:
+        cells: As they stand there.
+        header: The columns' names.
+        layout: What `csv_layout` returned.
+        place: The line, for messages.
+        texts: Positions of the columns of text; all others are numbers.
+
+    Raises:
+        BadExamples: There are too many or too few, or one is no number.
+    """
     if len(cells) != len(header):
         raise BadExamples(f"{place}: {len(cells)} cells, and the header has {len(header)} columns")
-    numbers = [_csv_number(text, place, name) for text, name in zip(cells, header, strict=True)]
+    values = [
+        text if position in texts else _csv_number(text, place, name)
+        for position, (text, name) in enumerate(zip(cells, header, strict=True))
+    ]
     return {
-        name: numbers[where] if isinstance(where, int) else [numbers[position] for position in where]
+        name: values[where] if isinstance(where, int) else [values[position] for position in where]
         for name, where in layout.items()
     }
+
+
+def _text_positions(cells: list[str], layout: Mapping[str, int | list[int]]) -> frozenset[int]:
+    """Return where the first line of examples has text, though never as an entry of a vector."""
+    alone = {where for where in layout.values() if isinstance(where, int)}
+    return frozenset(position for position, text in enumerate(cells) if position in alone and _is_text(text))
+
+
+def _is_text(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return bool(cell.strip()) and not cell.lstrip().startswith("[")
+    return False
 
 
 def _csv_number(text: str, place: str, name: str) -> object:

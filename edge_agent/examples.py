@@ -1,7 +1,8 @@
 """The example store: the device's own examples, by collection, in one SQLite file that never leaves the device.
 
-A collection has named columns, each of one type and shape; an example is one row of fixed length. An import is whole or
-not at all. What is forgotten is overwritten on the disk as well as SQLite can.
+A collection has named columns, each of one type and shape; an example is one row. Rows of numbers alone are packed to a
+fixed length; rows with text are MessagePack. An import is whole or not at all. What is forgotten is overwritten on the
+disk as well as SQLite can.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import msgspec
 import numpy as np
 
 from edge_agent.database import open_database, transaction
-from edge_agent.example_files import Cells, Column, Rows, measure, rows_of, rows_of_arrays
+from edge_agent.example_files import TEXT, Cells, Column, Rows, measure, rows_of, rows_of_arrays
 from sottovoce.errors import BadExamples, ConfigError
 from sottovoce.identity import NAME
 from sottovoce.types import Array, TensorType
@@ -32,6 +34,17 @@ _SCHEMA = (
     _SOURCE,
 )
 _UPGRADES = {1: (_SOURCE,)}
+
+
+class _TextRow(msgspec.Struct, array_like=True, frozen=True):
+    """An example with text: its numbers, packed, and its texts, both in the order of the columns."""
+
+    numbers: bytes
+    texts: list[str]
+
+
+_ROWS = msgspec.msgpack.Encoder()
+_READ_ROW = msgspec.msgpack.Decoder(_TextRow)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +145,8 @@ class ExampleStore:
     def read(self, collection: str, *, newest: int = 0) -> dict[str, Array]:
         """Return the examples of a collection, oldest first: column -> array, first dimension the examples.
 
+        A column of text is an array of `str` objects.
+
         Args:
             collection: Its name.
             newest: Return only so many, the last ones stored; 0 returns all.
@@ -147,11 +162,22 @@ class ExampleStore:
         number, columns = found
         query = "SELECT content FROM example WHERE collection = ? ORDER BY id DESC LIMIT ?"
         contents = [row[0] for row in self._database.execute(query, (number, newest or -1))]
-        content = b"".join(reversed(contents))
-        if not content:
+        if not contents:
             raise BadExamples(f"collection {collection!r} is empty: edge-agent import {collection} FILE")
-        table = np.frombuffer(content, dtype=_record(columns))
-        return {name: np.ascontiguousarray(table[name], dtype=c.type.numpy_dtype) for name, c in columns.items()}
+        return _unpacked(contents[::-1], columns)
+
+    def span(self, collection: str, *, newest: int = 0) -> tuple[int, int]:
+        """Return the numbers of the oldest and the newest of these examples; (1, 0) if there are none.
+
+        Numbers grow in stored order over all collections, and none is given twice.
+
+        Args and the order as for `read`.
+        """
+        query = """SELECT coalesce(min(id), 1), coalesce(max(id), 0) FROM (
+            SELECT example.id FROM example JOIN collection ON example.collection = collection.id
+            WHERE collection.name = ? ORDER BY example.id DESC LIMIT ?)"""
+        oldest, last = self._database.execute(query, (collection, newest or -1)).fetchone()
+        return int(oldest), int(last)
 
     def count(self, collection: str) -> int:
         """Return the number of examples in a collection, 0 if there is none of that name."""
@@ -229,7 +255,7 @@ class ExampleStore:
         row = self._database.execute("SELECT id, columns FROM collection WHERE name = ?", (name,)).fetchone()
         if row is None:
             return None
-        return row[0], {column: Column(TensorType.parse(text)) for column, text in json.loads(row[1]).items()}
+        return row[0], {column: Column(_column_type(notation)) for column, notation in json.loads(row[1]).items()}
 
     def _scrub(self, removed: int) -> None:
         """Empty the write-ahead log, which still holds what was deleted; another reader may delay that, harmlessly."""
@@ -240,6 +266,10 @@ class ExampleStore:
 def _check_name(collection: str) -> None:
     if not NAME.fullmatch(collection):
         raise ConfigError(f"the collection {collection!r} must be 1 to 64 characters of A-Z a-z 0-9 _ -")
+
+
+def _column_type(notation: str) -> TensorType:
+    return TensorType(TEXT, ()) if notation == TEXT else TensorType.parse(notation)  # Text is no type that travels.
 
 
 def _check_fit(collection: str, columns: Mapping[str, Column], measured: Mapping[str, Column]) -> None:
@@ -257,17 +287,36 @@ def _check_fit(collection: str, columns: Mapping[str, Column], measured: Mapping
 
 
 def _record(columns: Mapping[str, Column]) -> np.dtype[np.void]:
-    """Return the layout of one example: every column's value, packed, little-endian."""
-    return np.dtype([(n, c.type.numpy_dtype.newbyteorder("<"), c.shape) for n, c in columns.items()])
+    """Return the layout of the numbers of one example: every column's value, packed, little-endian."""
+    numbers = {name: column for name, column in columns.items() if not column.is_text}
+    return np.dtype([(n, c.type.numpy_dtype.newbyteorder("<"), c.shape) for n, c in numbers.items()])
 
 
 def _packed(rows: Rows, columns: Mapping[str, Column]) -> Iterator[bytes]:
-    record = _record(columns)
+    record, texts = _record(columns), [name for name, column in columns.items() if column.is_text]
     for place, cells in rows:
         example = np.zeros((), dtype=record)
         try:
-            for name, column in columns.items():
+            for name in record.names or ():
+                column = columns[name]
                 example[name] = np.asarray(cells[name], dtype=column.type.numpy_dtype).reshape(column.shape)
+            numbers = example.tobytes()
+            yield _ROWS.encode(_TextRow(numbers, [str(cells[name]) for name in texts])) if texts else numbers
         except (KeyError, ValueError, OverflowError) as error:
             raise BadExamples(f"{place}: the file changed while it was read; import it again") from error
-        yield example.tobytes()
+
+
+def _unpacked(contents: Sequence[bytes], columns: Mapping[str, Column]) -> dict[str, Array]:
+    """Return the columns of examples that `_packed` wrote."""
+    texts = [name for name, column in columns.items() if column.is_text]
+    rows = [_READ_ROW.decode(content) for content in contents] if texts else []
+    record = _record(columns)
+    numbers = b"".join([row.numbers for row in rows] if texts else contents)
+    table = np.frombuffer(numbers, dtype=record) if record.names else None
+    arrays: dict[str, Array] = {}
+    for name, column in columns.items():
+        if table is not None and not column.is_text:
+            arrays[name] = np.ascontiguousarray(table[name], dtype=column.type.numpy_dtype)
+        else:
+            arrays[name] = np.array([row.texts[texts.index(name)] for row in rows], dtype=object)
+    return arrays

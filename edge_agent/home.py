@@ -5,7 +5,9 @@ request.csr       signing request for the fleet's CA
 certificate.pem   what the CA answered            fleet-ca.pem   the CA, pinned        revoked.pem   if the CA has any
 agent.toml        settings and policy
 examples.sqlite   the example store               ledger.sqlite  what has left this device
+client_states.sqlite   what programs keep here from round to round, sealed
 evidence/         signed proof of a lie, if there ever was one
+published/        sums that the fleet has published for everybody
 blobs/            fetched plans, programs, states (public)       pending/   unfinished work, sealed
 """
 
@@ -92,6 +94,11 @@ class Home:
     def ledger(self) -> Path:
         """The ledger."""
         return self.path / "ledger.sqlite"
+
+    @property
+    def client_states(self) -> Path:
+        """What programs keep from one round to the next, sealed."""
+        return self.path / "client_states.sqlite"
 
     @property
     def blobs(self) -> Path:

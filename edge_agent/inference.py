@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-import msgspec
 import numpy as np
 
 from edge_agent.example_files import measure, rows_of
 from edge_agent.latest import read_latest
-from edge_agent.work import check_examples
+from edge_agent.work import check_columns
 from sottovoce.bundle import Bundle, read_bundle
 from sottovoce.errors import BadExamples, ConfigError
 from sottovoce.runtime import RuntimeName, open_program
@@ -80,7 +79,7 @@ def read_features(bundle: Bundle, path: Path) -> dict[str, Array]:
             for name, column in columns.items()
         }
         features = tuple(port for port in bundle.batch if port.name in bundle.features)
-        return check_examples(msgspec.structs.replace(bundle, batch=features), arrays)
+        return check_columns(features, arrays)
     except BadExamples as error:
         raise BadExamples(f"{path}: {error}") from error
 

@@ -14,18 +14,21 @@ from types import TracebackType
 from typing import Literal, Self, TypeAlias
 
 from edge_agent.database import open_database, transaction
+from edge_agent.policy import check_participation
 from sottovoce.errors import LocalProtocolError, PolicyRefusal, Replayed
+from sottovoce.plan import Plan
 
 Outcome: TypeAlias = Literal["committed", "abandoned", "unknown"]
 ReleaseState: TypeAlias = Literal["spent", "committed", "abandoned", "unknown"]
 
-_VERSION = 1
+_VERSION = 2
+_FOR_EVER = 2**63 - 1
 _SCHEMA = (
     """CREATE TABLE release (
         id INTEGER PRIMARY KEY, at_unix_s REAL NOT NULL, fleet TEXT NOT NULL, plan_name TEXT NOT NULL,
         plan BLOB NOT NULL, state BLOB NOT NULL, round INTEGER NOT NULL, attempt INTEGER NOT NULL,
         session BLOB NOT NULL UNIQUE, purpose TEXT NOT NULL, cohort INTEGER NOT NULL, weight INTEGER NOT NULL,
-        contents TEXT NOT NULL, status TEXT NOT NULL)""",
+        contents TEXT NOT NULL, status TEXT NOT NULL, newest_example INTEGER NOT NULL)""",
     "CREATE INDEX release_of_state ON release (plan, state)",
     """CREATE TABLE round_reached (
         fleet TEXT NOT NULL, plan_name TEXT NOT NULL, round INTEGER NOT NULL, attempt INTEGER NOT NULL,
@@ -33,7 +36,12 @@ _SCHEMA = (
     "CREATE TABLE clock (only INTEGER PRIMARY KEY CHECK (only = 1), last_signed_ms INTEGER NOT NULL)",
     "INSERT INTO clock VALUES (1, 0)",
 )
-_COLUMNS = "at_unix_s, fleet, plan_name, plan, state, round, attempt, session, purpose, cohort, weight, contents"
+# A release that was written down before examples were numbered counts for ever.
+_UPGRADES = {1: (f"ALTER TABLE release ADD COLUMN newest_example INTEGER NOT NULL DEFAULT {_FOR_EVER}",)}
+_COLUMNS = (
+    "at_unix_s, fleet, plan_name, plan, state, round, attempt, session, purpose, cohort, weight, newest_example, "
+    "contents"
+)
 # What a release can become: the first answer stays, but an outcome that was unknown may still become known.
 _SETTLES: dict[ReleaseState, frozenset[ReleaseState]] = {
     "spent": frozenset({"committed", "abandoned", "unknown"}),
@@ -59,6 +67,7 @@ class Release:
         purpose: The plan's purpose, in plain words.
         cohort: Devices in the roster, this one included.
         weight: Number of local examples that went into it.
+        newest_example: Number of the newest example that may have gone into it (`ExampleStore.span`).
         contents: Name and number of values of each aggregation.
         status: `spent` until the outcome is known.
     """
@@ -76,6 +85,7 @@ class Release:
     weight: int
     contents: tuple[tuple[str, int], ...]
     status: ReleaseState = "spent"
+    newest_example: int = _FOR_EVER
 
 
 class Ledger:
@@ -87,7 +97,7 @@ class Ledger:
         Raises:
             ConfigError: The file cannot be used.
         """
-        self._database = open_database(path, schema=_SCHEMA, version=_VERSION)
+        self._database = open_database(path, schema=_SCHEMA, version=_VERSION, upgrades=_UPGRADES)
 
     def __enter__(self) -> Self:
         return self
@@ -101,29 +111,36 @@ class Ledger:
         """Close the file."""
         self._database.close()
 
-    def spend(self, release: Release, *, max_releases_per_state: int) -> None:
+    def spend(
+        self, release: Release, *, max_releases_per_state: int, oldest_example: int = 0, plan: Plan | None = None
+    ) -> None:
         """Write down that `release` is about to leave; only after this returns may a masked byte be sent.
 
         Args:
             release: What leaves, status `spent`.
-            max_releases_per_state: The owner's limit of releases for one plan and state.
+            max_releases_per_state: The owner's limit of releases for one plan, state and set of examples.
+            oldest_example: As for `releases_of_state`.
+            plan: The plan, whose terms of participation are held against earlier releases; None has none.
 
         Raises:
-            PolicyRefusal: The limit is reached; nothing was written.
+            PolicyRefusal: The limit is reached, or it is too early for this plan; nothing was written.
             Replayed: Something was already released in this session; nothing was written.
         """
         row = (
             *(release.at_unix_s, release.fleet, release.plan_name, release.plan, release.state, release.round),
             *(release.attempt, release.session, release.purpose, release.cohort, release.weight),
-            *(json.dumps(release.contents), release.status),
+            *(release.newest_example, json.dumps(release.contents), release.status),
         )
         with transaction(self._database):
-            already = self.releases_of_state(release.plan, release.state)
+            already = self.releases_of_state(release.plan, release.state, oldest_example=oldest_example)
             if already >= max_releases_per_state:
                 raise PolicyRefusal(
                     "max_releases_per_state",
                     f"an update for this state of plan {release.plan_name!r} has left {already} times already",
                 )
+            if plan is not None:
+                last = self.last_release(release.fleet, release.plan_name)
+                check_participation(plan, round=release.round, last=last, now_s=release.at_unix_s)
             try:
                 self._database.execute(
                     f"INSERT INTO release ({_COLUMNS}, status) VALUES ({', '.join('?' * len(row))})",  # noqa: S608
@@ -151,10 +168,31 @@ class Ledger:
                 raise LocalProtocolError(f"session {session.hex()[:12]} cannot become {outcome}: {known}")
             self._database.execute("UPDATE release SET status = ? WHERE session = ?", (outcome, session))
 
-    def releases_of_state(self, plan: bytes, state: bytes) -> int:
-        """Return how many updates may have left for this plan and state digest, whatever became of them."""
-        row = self._database.execute("SELECT count(*) FROM release WHERE plan = ? AND state = ?", (plan, state))
+    def releases_of_state(self, plan: bytes, state: bytes, *, oldest_example: int = 0) -> int:
+        """Return how many updates may have left for this plan and state digest, whatever became of them.
+
+        Args:
+            plan: Plan digest.
+            state: State digest.
+            oldest_example: Number of the oldest example that the plan would use now. Releases that only older examples
+                have gone into are not counted: what this device would say today, it has never said.
+        """
+        row = self._database.execute(
+            "SELECT count(*) FROM release WHERE plan = ? AND state = ? AND newest_example >= ?",
+            (plan, state, oldest_example),
+        )
         return int(row.fetchone()[0])
+
+    def last_release(self, fleet: str, plan_name: str) -> tuple[int, float] | None:
+        """Return round and time (Unix seconds) of the last release for plans of that name, None before the first.
+
+        Whatever became of it: what may have left counts.
+        """
+        row = self._database.execute(
+            "SELECT round, at_unix_s FROM release WHERE fleet = ? AND plan_name = ? ORDER BY id DESC LIMIT 1",
+            (fleet, plan_name),
+        ).fetchone()
+        return None if row is None else (int(row[0]), float(row[1]))
 
     def rows(self, *, limit: int = -1) -> list[Release]:
         """Return the releases, newest first, at most `limit` of them (-1: all)."""

@@ -1,6 +1,6 @@
 """The device's side of a round as a plain object: fed with verified messages and local events, it returns effects.
 
-It never waits, reads no clock and touches no disk. Four rules stand above the table of `edge_agent.steps`:
+It never waits, reads no clock and touches no disk. Five rules stand above the table of `edge_agent.steps`:
 
 - An announcement opens the next round *beside* the current one: only when its plan has arrived is it known whether the
   round is new, and then the older round ends for this device.
@@ -9,6 +9,8 @@ It never waits, reads no clock and touches no disk. Four rules stand above the t
 - An exact repeat of a message that was handled in this round changes nothing (QoS 1 repeats). What the table does not
   allow ends the device's part in the round and drops every secret; a stranger's or an old round's message is refused
   and changes nothing.
+- Every outcome settles the client state that is held for its round, also when that round is no longer the current one:
+  a device that was killed after masking, or that has gone on already, hears how it ended from the retained outcome.
 - While an answer is due the last message is sent again, after a while and at once after a reconnect.
 """
 
@@ -27,9 +29,11 @@ from edge_agent.effects import (
     Log,
     PlanFetched,
     Remember,
+    RoundId,
     Send,
+    SettleClientState,
 )
-from edge_agent.policy import check_plan
+from edge_agent.policy import check_participation, check_plan
 from edge_agent.states import (
     IN_SESSION,
     TAKING_PART,
@@ -173,7 +177,8 @@ class Participation:
                 return [*self._keep_time(announcement.now_ms, now_ms), *self._announced(opened, announcement, now_ms)]
             case Outcome() as outcome:
                 self._last_outcome = outcome
-                return [*self._keep_time(outcome.now_ms, now_ms), *self._receive_in_round(opened, now_ms)]
+                in_round = self._receive_in_round(opened, now_ms)
+                return [*self._keep_time(outcome.now_ms, now_ms), self._settled(opened, outcome), *in_round]
             case Selected() as selected:
                 return [*self._receive_in_round(opened, now_ms), *self._keep_time(selected.now_ms, now_ms)]
             case _:
@@ -284,10 +289,13 @@ class Participation:
         if plan.fleet != self.device.fleet:
             raise PolicyRefusal("fleet", f"the plan is for fleet {plan.fleet!r}")
         check_plan(policy, plan, self.coordinator_ms(now_ms) // 1000)
+        now_s = self.coordinator_ms(now_ms) / 1000
+        check_participation(plan, round=candidate.round, last=facts.last_release, now_s=now_s)
         if facts.releases >= policy.max_releases_per_state:
             raise PolicyRefusal(
                 "max_releases_per_state",
-                f"this state has already been answered {facts.releases} times, allowed {policy.max_releases_per_state}",
+                f"this device has answered plan {plan.name!r} from the same state and examples {facts.releases} times, "
+                f"allowed {policy.max_releases_per_state}; it answers again when its examples are others",
             )
         if facts.examples == 0:
             raise BadExamples(
@@ -319,8 +327,10 @@ class Participation:
     def _refuse(
         self, candidate: _Candidate, plan: Plan | None, error: SottovoceError, now_ms: int, code: str | None = None
     ) -> list[Effect]:  # fmt: skip
-        # A plan that the owner refuses leaves no trace: its states are not fetched either.
-        entry = _entry(candidate, None if isinstance(error, PolicyRefusal) else plan)
+        # A plan that the owner refuses leaves no trace: its states are not fetched either. One that is only not due yet
+        # is followed: what the others make of it is for everybody.
+        refused = isinstance(error, PolicyRefusal) and error.rule != "participation"
+        entry = _entry(candidate, None if refused else plan)
         effects: list[Effect] = [
             Log(f"round {candidate.round}: {error}", warning=True),
             send(entry, Withdraw(code=code or code_of(error), certificate=self.device.identity.certificate.der)),
@@ -328,6 +338,11 @@ class Participation:
         return self._enter(Watching(entry, str(error)), effects, now_ms)
 
     # --- messages of the round ----------------------------------------------------------------------------------------
+
+    def _settled(self, opened: Opened[Message], outcome: Outcome) -> SettleClientState:
+        context = opened.context
+        round_ = RoundId(outcome.announcement, context.sender, context.round, context.attempt)
+        return SettleClientState(round_, outcome.committed and self.device.name in outcome.survivors)
 
     def _receive_in_round(self, opened: Opened[Message], now_ms: int) -> list[Effect]:
         message, entry = opened.message, entry_of(self.state)
@@ -457,4 +472,5 @@ def _entry(candidate: _Candidate, plan: Plan | None) -> Entry:
         round=candidate.round,
         attempt=candidate.attempt,
         route="0",
+        publishes=candidate.announcement.plan.digest if plan and plan.publish else b"",
     )

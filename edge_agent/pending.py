@@ -16,7 +16,7 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
-from edge_agent.effects import Contribution, Entry
+from edge_agent.effects import Contribution, Entry, NextClientState
 from edge_agent.home import open_at_rest, seal_at_rest
 from sottovoce.errors import ConfigError, CryptoError, MalformedMessage
 from sottovoce.identity import Identity
@@ -42,6 +42,8 @@ class _Kept(Document, frozen=True):
 class _Result(Document, frozen=True):
     weight: int
     tensors: bytes
+    client_state: NextClientState | None = None
+    newest_example: int = 0
 
 
 class PendingStore:
@@ -156,7 +158,14 @@ class PendingStore:
 def encode_contribution(contribution: Contribution) -> bytes:
     """Return the bytes of a finished result."""
     tensors = {f"{name}/{i}": array for name, arrays in contribution.values.items() for i, array in enumerate(arrays)}
-    return canonical(_Result(weight=contribution.weight, tensors=encode_tensors(tensors)))
+    return canonical(
+        _Result(
+            weight=contribution.weight,
+            tensors=encode_tensors(tensors),
+            client_state=contribution.client_state,
+            newest_example=contribution.newest_example,
+        )
+    )
 
 
 def decode_contribution(content: bytes) -> Contribution:
@@ -169,7 +178,7 @@ def decode_contribution(content: bytes) -> Contribution:
         result = msgspec.msgpack.decode(content, type=_Result)
     except (msgspec.ValidationError, msgspec.DecodeError) as error:
         raise MalformedMessage(f"not a pending result: {error}") from error
-    contribution = Contribution(values={}, weight=result.weight)
+    contribution = Contribution({}, result.weight, result.client_state, result.newest_example)
     for place, array in decode_tensors(result.tensors).items():
         contribution.values.setdefault(place.rpartition("/")[0], []).append(array)
     return contribution

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from edge_agent.client_states import ClientStates
 from edge_agent.config import AgentConfig
 from edge_agent.effects import (
     AdoptState,
@@ -24,7 +25,9 @@ from edge_agent.effects import (
     Fetch,
     FetchPlan,
     ForgetPending,
+    HoldClientState,
     KeepEvidence,
+    KeepPublished,
     KeepTime,
     LoadContribution,
     LocalFacts,
@@ -34,6 +37,7 @@ from edge_agent.effects import (
     Send,
     SendChunk,
     Settle,
+    SettleClientState,
     Spend,
     StartWork,
     StopWork,
@@ -46,11 +50,13 @@ from edge_agent.latest import LATEST_FOLDER, keep_latest
 from edge_agent.ledger import Ledger, Release
 from edge_agent.library import Library
 from edge_agent.pending import PendingStore, decode_entry, encode_entry
+from edge_agent.published import PUBLISHED_FOLDER, keep_published
+from edge_agent.source_settings import SourceConfig
 from edge_agent.sources import Sources
-from edge_agent.workbench import Assignment, Workbench
-from sottovoce.errors import ConfigError, LocalProtocolError, MalformedMessage, TransportError
+from edge_agent.workbench import Assignment, Workbench, newest_used
+from sottovoce.errors import ConfigError, LocalProtocolError, MalformedMessage, ProgramError, TransportError
 from sottovoce.identity import Identity, SignedContext, TrustAnchor
-from sottovoce.plan import decode_plan
+from sottovoce.plan import Plan, decode_plan
 from sottovoce.transport.base import Transport
 from sottovoce.wire.chunks import VectorChunk, encode_vector_chunk, fragments
 from sottovoce.wire.codec import seal
@@ -125,15 +131,23 @@ class Performer:
         self._examples = ExampleStore(setup.home.examples)
         self._pending = PendingStore(setup.home.pending, setup.identity, discarded=log.warning)
         self._pending.sweep(now_ms=max(setup.clock(), self.ledger.last_signed_ms()))
+        self._client_states = ClientStates(
+            setup.home.client_states,
+            setup.identity,
+            maximum_bytes=setup.config.policy.max_client_state_bytes,
+            entropy=setup.entropy,
+            log=log.info,
+        )
         self.bench = Workbench(
             self._pending,
+            self._client_states,
             runtime=setup.config.runtime,
             threads=setup.config.policy.threads,
             entropy=setup.entropy,
             log=log.info,
         )
         self.library = Library(setup.home.blobs, transport, self._topics)
-        self._sources = Sources(setup.config.source, self._examples, device=setup.config.device, retain=self._retain)
+        self._sources = Sources(setup.config.source, self._examples, connect=self._connect_nearby, retain=self._retain)
 
     def remembered(self) -> Entry | None:
         """Return the round this device was in when it was stopped, if any."""
@@ -165,6 +179,12 @@ class Performer:
         self._sources.close()
         self.ledger.close()
         self._examples.close()
+        self._client_states.close()
+
+    def _connect_nearby(self, collection: str, source: SourceConfig) -> Transport:
+        from edge_agent.local_broker import connect  # A device without such a source needs no MQTT library for it.
+
+        return connect(source, client_id=f"sottovoce-{self._setup.config.device}-{collection}")
 
     def _log(self, effect: Log) -> None:
         log.log(logging.WARNING if effect.warning else logging.INFO, "%s", effect.text)
@@ -212,11 +232,30 @@ class Performer:
 
         self.library.request(effect.ref, arrived, now_ms=self._setup.clock(), lasting=True)
 
+    def _keep_published(self, effect: KeepPublished) -> None:
+        folder = self._setup.home.path / PUBLISHED_FOLDER
+
+        def arrived(content: bytes) -> None:
+            try:
+                keep_published(folder, self.library.read(effect.plan), content, round=effect.round)
+            except ProgramError as error:
+                log.warning("the published sums of round %d cannot be read without their plan: %s", effect.round, error)
+
+        self.library.request(effect.ref, arrived, now_ms=self._setup.clock(), lasting=True)
+
     def _start_work(self, effect: StartWork) -> None:
         assignment = Assignment(
-            plan=effect.plan, state=effect.state, expires_ms=effect.expires_ms, now_ms=self._coordinator_ms()
+            plan=effect.plan,
+            state=effect.state,
+            expires_ms=effect.expires_ms,
+            now_ms=self._coordinator_ms(),
+            newest_example=self._span(effect.plan)[1],
         )
-        done = self.bench.start(assignment, read_blob=self.library.read, read_examples=self._examples.read)
+        done = self.bench.start(
+            assignment,
+            read_blob=self.library.read,
+            read_examples=lambda collection, newest: self._examples.read(collection, newest=newest),
+        )
         if done:
             self._report(WorkFinished())
 
@@ -232,6 +271,7 @@ class Performer:
 
     def _spend(self, effect: Spend) -> None:
         plan, limit = effect.plan, self._setup.config.policy.max_releases_per_state
+        oldest, newest = self._span(plan)
         release = Release(
             at_unix_s=self._coordinator_ms() / 1000,
             fleet=plan.fleet,
@@ -244,9 +284,16 @@ class Performer:
             purpose=plan.privacy.purpose,
             cohort=effect.cohort,
             weight=effect.weight,
+            newest_example=newest,
             contents=tuple((aggregation.name, aggregation.size) for aggregation in plan.aggregations),
         )
-        self.ledger.spend(release, max_releases_per_state=limit)
+        self.ledger.spend(release, max_releases_per_state=limit, oldest_example=oldest, plan=plan)
+
+    def _hold_client_state(self, effect: HoldClientState) -> None:
+        self._client_states.hold(effect.round, effect.value)
+
+    def _settle_client_state(self, effect: SettleClientState) -> None:
+        self._client_states.settle(effect.round, survived=effect.survived)
 
     def _remember(self, effect: Remember) -> None:
         if effect.entry is None:
@@ -281,9 +328,14 @@ class Performer:
         self._retain(plan.collection)
         return LocalFacts(
             last_round=self.ledger.last_round(plan.fleet, plan.name),
-            releases=self.ledger.releases_of_state(plan.digest, state),
+            releases=self.ledger.releases_of_state(plan.digest, state, oldest_example=self._span(plan)[0]),
             examples=self._examples.count(plan.collection),
+            last_release=self.ledger.last_release(plan.fleet, plan.name),
         )
+
+    def _span(self, plan: Plan) -> tuple[int, int]:
+        """Return the numbers of the oldest and the newest example that `plan` would use now."""
+        return self._examples.span(plan.collection, newest=newest_used(plan.work))
 
     def _retain(self, collection: str) -> None:
         """Forget the examples that the owner does not want to keep any longer."""
@@ -304,11 +356,14 @@ _PERFORM: Mapping[type[Effect], Callable[[Performer, Any], None]] = {
     FetchPlan: Performer._fetch_plan,
     Fetch: Performer._fetch,
     AdoptState: Performer._adopt_state,
+    KeepPublished: Performer._keep_published,
     StartWork: Performer._start_work,
     StopWork: Performer._stop_work,
     LoadContribution: Performer._load_contribution,
     ForgetPending: Performer._forget_pending,
     Spend: Performer._spend,
+    HoldClientState: Performer._hold_client_state,
+    SettleClientState: Performer._settle_client_state,
     Remember: Performer._remember,
     Settle: Performer._settle,
     AdvanceRound: Performer._advance_round,

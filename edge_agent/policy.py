@@ -6,18 +6,21 @@ the numbers on both sides; nothing is negotiated.
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
 from sottovoce.errors import ConfigError, PolicyRefusal
-from sottovoce.plan import Plan, Quantised
+from sottovoce.plan import Counted, Plan, Quantised
 from sottovoce.secagg.client import ClientTerms
+from sottovoce.text import EXTRACTORS
 from sottovoce.wire.messages import Mode
 
 Allowed: TypeAlias = Literal["all"] | tuple[str, ...]
 COHORT_FLOOR = 3
 """Below three devices a sum hides nobody; no setting goes lower."""
+_DAY_S = 86_400
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,9 +38,18 @@ class Policy:
         minimum_corrupt_share_bp: The coordinator must assume at least this share of the fleet to be corrupt, in
             hundredths of a per cent.
         modes: Modes of secure aggregation; `active` withstands a coordinator that lies to devices.
-        max_releases_per_state: How often an update for one and the same state may leave, at least 1.
+        max_releases_per_state: How often an update for one and the same state may leave, at least 1; counted as long
+            as the plan would use examples that were used then.
         max_weight: A plan may count at most this many examples of this device; 0 is no limit.
         max_clip_norm: Every real-valued aggregation must be clipped to at most this norm; 0 is no limit.
+        max_entries: A counted aggregation may have at most this many entries of this device that are not 0 (the plan's
+            `entries`, or its size where it sets no limit); 0 is no limit.
+        max_count: An entry of a counted aggregation may be at most this large; 0 is no limit.
+        minimum_vocabulary: Fewest words in each vocabulary of a plan that reads messages. Who asks for one word tests
+            whether it is said at all, so the default is 2; 1 allows that. More is a demand on honest authors
+            only: others fill up with words that nobody says.
+        max_client_state_bytes: What programs may keep on this device from one round to the next, all slots together;
+            0 refuses every program that keeps anything.
         threads: Processor threads that a program may use, 1 to 64.
     """
 
@@ -52,6 +64,10 @@ class Policy:
     max_releases_per_state: int = 2
     max_weight: int = 0
     max_clip_norm: float = 0.0
+    max_entries: int = 0
+    max_count: int = 0
+    minimum_vocabulary: int = 2
+    max_client_state_bytes: int = 1024 * 1024
     threads: int = 1
 
     def __post_init__(self) -> None:
@@ -64,6 +80,10 @@ class Policy:
             ("max_releases_per_state", self.max_releases_per_state >= 1, "must be at least 1"),
             ("max_weight", self.max_weight >= 0, "must be 0 (no limit) or more"),
             ("max_clip_norm", 0 <= self.max_clip_norm < float("inf"), "must be 0 (no limit) or more"),
+            ("max_entries", self.max_entries >= 0, "must be 0 (no limit) or more"),
+            ("max_count", self.max_count >= 0, "must be 0 (no limit) or more"),
+            ("minimum_vocabulary", self.minimum_vocabulary >= 1, "must be at least 1"),
+            ("max_client_state_bytes", self.max_client_state_bytes >= 0, "must be 0 (nothing is kept) or more"),
             ("threads", 1 <= self.threads <= 64, "must be 1 to 64"),
         )
         for key, holds, text in checks:
@@ -86,6 +106,31 @@ def check_plan(policy: Policy, plan: Plan, now_s: float) -> None:
         detail = broken(policy, plan, now_s)
         if detail:
             raise PolicyRefusal(rule, detail)
+
+
+def check_participation(plan: Plan, *, round: int, last: tuple[int, float] | None, now_s: float) -> None:
+    """Raise PolicyRefusal if the plan's own terms say that this device has answered plans of its name for now.
+
+    Another attempt of the round that was answered last is no second participation: `max_releases_per_state` limits it.
+
+    Args:
+        plan: As announced.
+        round: Number of the round.
+        last: Round and time (Unix seconds) of this device's last release for that plan name; None before the first.
+        now_s: The latest time this device knows, Unix seconds.
+    """
+    terms = plan.privacy.participation
+    if last is None or last[0] == round:
+        return
+    again_s = last[1] + terms.every_days * _DAY_S
+    if terms.once:
+        raise PolicyRefusal("participation", f"plan {plan.name!r} asks once, and was answered in round {last[0]}")
+    if now_s < again_s:
+        raise PolicyRefusal(
+            "participation",
+            f"plan {plan.name!r} asks every {terms.every_days:g} days, and was answered in round {last[0]}; "
+            f"it is too early until {datetime.datetime.fromtimestamp(again_s, datetime.UTC):%Y-%m-%d %H:%M} UTC",
+        )
 
 
 def client_terms(policy: Policy) -> ClientTerms:
@@ -150,6 +195,42 @@ def _not_clipped(policy: Policy, plan: Plan, _now_s: float) -> str:
     return ""
 
 
+def _too_many_entries(policy: Policy, plan: Plan, _now_s: float) -> str:
+    for aggregation in plan.aggregations:
+        entries = aggregation.entries or aggregation.size
+        own = isinstance(aggregation.encoding, Counted) and not aggregation.presence_of and not aggregation.follows
+        if policy.max_entries and own and entries > policy.max_entries:
+            return (
+                f"aggregation {aggregation.name!r} takes up to {entries} entries of a device; this one allows "
+                f"{policy.max_entries}"
+            )
+    return ""
+
+
+def _count_too_large(policy: Policy, plan: Plan, _now_s: float) -> str:
+    for aggregation in plan.aggregations:
+        if policy.max_count and isinstance(aggregation.encoding, Counted):
+            maximum = aggregation.encoding.maximum
+            if maximum > policy.max_count:
+                return f"aggregation {aggregation.name!r} counts up to {maximum}; this device allows {policy.max_count}"
+    return ""
+
+
+def _unknown_extractor(_policy: Policy, plan: Plan, _now_s: float) -> str:
+    if plan.extraction is None or plan.extraction.extractor in EXTRACTORS:
+        return ""
+    return f"it reads messages by {plan.extraction.extractor!r}; this device has {', '.join(EXTRACTORS)}"
+
+
+def _vocabulary_too_small(policy: Policy, plan: Plan, _now_s: float) -> str:
+    sizes = [len(vocabulary) for vocabulary in plan.extraction.vocabularies] if plan.extraction else []
+    if not sizes or min(sizes) >= policy.minimum_vocabulary:
+        return ""
+    test = ": a test whether that one word is said" if min(sizes) == 1 else ""
+    words = "a vocabulary of one word" if min(sizes) == 1 else f"a vocabulary of {min(sizes)} words"
+    return f"{words}{test}; this device asks for at least {policy.minimum_vocabulary}"
+
+
 _RULES: dict[str, Callable[[Policy, Plan, float], str]] = {
     "paused": _paused,
     "refused_plans": _refused_plan,
@@ -161,6 +242,10 @@ _RULES: dict[str, Callable[[Policy, Plan, float], str]] = {
     "noise": _noise_requested,
     "max_weight": _weight_too_large,
     "max_clip_norm": _not_clipped,
+    "max_entries": _too_many_entries,
+    "max_count": _count_too_large,
+    "extractor": _unknown_extractor,
+    "minimum_vocabulary": _vocabulary_too_small,
 }
 
 

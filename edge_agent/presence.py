@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 
 from sottovoce.identity import Identity, SignedContext
@@ -23,6 +24,7 @@ def sealed_status(identity: Identity, *, online: bool) -> bytes:
     return seal(Status(online=online, version=_version()), identity, SignedContext(name, ALL, fleet))
 
 
+@functools.cache
 def _version() -> str:
     try:
         return importlib.metadata.version("sottovoce")

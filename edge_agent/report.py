@@ -9,11 +9,13 @@ from typing import Any
 
 import msgspec
 
+from edge_agent.client_states import kept_slots
 from edge_agent.config import AgentConfig
 from edge_agent.examples import ExampleStore
 from edge_agent.home import Home
 from edge_agent.latest import LATEST_FOLDER
 from edge_agent.ledger import Ledger, Release
+from edge_agent.published import PUBLISHED_FOLDER, read_published
 from sottovoce.errors import ConfigError
 from sottovoce.identity import load_certificate
 
@@ -31,9 +33,11 @@ class Report(msgspec.Struct, frozen=True):
         certificate_valid_until: ISO date, or what is missing.
         policy: What the owner allows.
         collections: Collection -> number of examples.
+        client_states: What programs keep on this device from one round to the next, without the values.
         pending: Sealed checkpoints and results that wait on disk.
         last_rounds: Plan name -> newest (round, attempt) that is over for this device.
         states: Digests of the programs for which a state of the fleet is here.
+        published: Plan name -> round of the sums that the fleet has published last.
         releases: How many masked updates may have left this device.
         last_releases: The newest of them, newest first.
     """
@@ -45,9 +49,11 @@ class Report(msgspec.Struct, frozen=True):
     certificate_valid_until: str
     policy: dict[str, Any]
     collections: dict[str, int]
+    client_states: list[dict[str, Any]]
     pending: list[str]
     last_rounds: dict[str, tuple[int, int]]
     states: list[str]
+    published: dict[str, int]
     releases: int
     last_releases: list[dict[str, Any]]
 
@@ -69,9 +75,11 @@ def make_report(home: Home, config: AgentConfig) -> Report:
         certificate_valid_until=_validity(home),
         policy={f.name: getattr(config.policy, f.name) for f in dataclasses.fields(config.policy)},
         collections=collections,
+        client_states=[dataclasses.asdict(slot) for slot in kept_slots(home.client_states)],
         pending=sorted(path.stem for path in home.pending.glob("*.sealed")) if home.pending.is_dir() else [],
         last_rounds=last_rounds,
         states=sorted(path.stem for path in latest.glob("*.state")) if latest.is_dir() else [],
+        published={each.plan.name: each.round for each in read_published(home.path / PUBLISHED_FOLDER)},
         releases=len(rows),
         last_releases=[_release(row) for row in rows[:_NEWEST]],
     )
@@ -85,9 +93,17 @@ def lines(report: Report) -> Iterator[str]:
     yield "policy       " + ", ".join(f"{key} {_shown(value)}" for key, value in report.policy.items())
     collections = ", ".join(f"{name} ({count} examples)" for name, count in report.collections.items())
     yield f"collections  {collections or 'none: edge-agent import COLLECTION FILE'}"
+    for slot in report.client_states:
+        yield (
+            f"keeps        {slot['slot']} v{slot['version']}: {slot['types']} ({slot['bytes']} bytes), computed from "
+            f"{', '.join(slot['collections'])} by {slot['plan_name']}, round {slot['round']}"
+        )
     yield f"unfinished   {', '.join(report.pending) or 'nothing'}"
     rounds = ", ".join(f"{number}.{attempt} of {plan}" for plan, (number, attempt) in report.last_rounds.items())
     yield f"last round   {rounds or 'none yet'}"
+    if report.published:
+        published = ", ".join(f"{plan} (round {number})" for plan, number in report.published.items())
+        yield f"published    {published}"
     if not report.last_releases:
         yield "released     nothing has left this device"
         return

@@ -6,18 +6,16 @@ the position behind them are stored in one transaction, so that none is lost or 
 
 from __future__ import annotations
 
+import functools
 import logging
-import random
 from collections import Counter
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 from edge_agent.examples import ExampleStore
 from edge_agent.source_readers import Batch, Reader, open_reader
 from edge_agent.source_settings import SourceConfig
-from sottovoce.errors import BadExamples, ConfigError
+from sottovoce.errors import BadExamples
 from sottovoce.transport.base import Transport
-from sottovoce.transport.mqtt import MqttSettings, MqttTransport
 
 _RETAIN_EVERY_MS = 60_000
 
@@ -33,14 +31,19 @@ class Sources:
     """
 
     def __init__(
-        self, configs: Mapping[str, SourceConfig], store: ExampleStore, *, device: str, retain: Callable[[str], None]
+        self,
+        configs: Mapping[str, SourceConfig],
+        store: ExampleStore,
+        *,
+        connect: Callable[[str, SourceConfig], Transport],
+        retain: Callable[[str], None],
     ) -> None:
         """Open every source.
 
         Args:
             configs: Collection -> its source.
             store: The device's examples.
-            device: Its id; the client id on local brokers is made of it.
+            connect: Makes the link to the broker that the source of a collection names.
             retain: Forgets what the owner does not want to keep of a collection.
         """
         self._store = store
@@ -49,7 +52,7 @@ class Sources:
             collection: open_reader(
                 config,
                 position=store.position(collection),
-                connect=lambda config, collection=collection: _connect(config, f"sottovoce-{device}-{collection}"),  # type: ignore[misc]
+                connect=functools.partial(connect, collection),
             )
             for collection, config in configs.items()
         }
@@ -99,26 +102,3 @@ class Sources:
         if self._said.get(collection) != text:
             self._said[collection] = text
             log.warning("source of %s: %s", collection, text)
-
-
-def _connect(config: SourceConfig, client_id: str) -> Transport:
-    settings = MqttSettings(
-        host=config.host,
-        port=config.port,
-        client_id=client_id,
-        username=config.username or None,
-        password=_password(config.password_file),
-        protocol="3.1.1",  # Every broker in a home speaks it.
-        clean_start=True,
-        session_expiry_s=0,
-    )
-    return MqttTransport(settings, rng=random.Random())
-
-
-def _password(file: str) -> str | None:
-    if not file:
-        return None
-    try:
-        return (Path(file).expanduser().read_text().splitlines() or [""])[0]
-    except OSError as error:
-        raise ConfigError(f"source: cannot read password_file {file}: {error.strerror}") from error

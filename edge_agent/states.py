@@ -25,6 +25,8 @@ from typing import TypeAlias
 
 from edge_agent.effects import (
     Entry,
+    NextClientState,
+    RoundId,
     Send,
 )
 from edge_agent.policy import Policy
@@ -113,6 +115,11 @@ class OpenRound:
         """Digest of the state that this round starts from."""
         return self.announcement.state.digest
 
+    @property
+    def id(self) -> RoundId:
+        """What its outcome will name it by."""
+        return RoundId(self.entry.announcement, self.entry.coordinator, self.entry.round, self.entry.attempt)
+
     def send(self, message: DeviceMessage, session: bytes = bytes(32)) -> Send:
         """Return the effect that sends `message` to this round's coordinator."""
         return send(self.entry, message, session)
@@ -180,6 +187,7 @@ class Advertised:
     round: OpenRound
     session: ClientSession = field(repr=False)
     weight: int
+    client_state: NextClientState | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +198,7 @@ class Sharing:
     session: ClientSession = field(repr=False)
     weight: int
     cohort: int
+    client_state: NextClientState | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import msgspec
 
+from edge_agent.contributions import bounded
 from edge_agent.effects import (
     AdoptState,
     AdvanceRound,
@@ -23,6 +24,8 @@ from edge_agent.effects import (
     Event,
     Fetch,
     ForgetPending,
+    HoldClientState,
+    KeepPublished,
     LoadContribution,
     Log,
     Remember,
@@ -184,7 +187,7 @@ def _advertise(device: Device, state: Opening, event: ContributionLoaded, now: M
         chunk_bytes=device.chunk_bytes,
     )
     reply: AdvertiseKeys = session.advertise()
-    return Advertised(round_, session, contribution.weight), (
+    return Advertised(round_, session, contribution.weight, contribution.client_state), (
         Log(f"{_title(round_.entry)}: in the rendezvous"),
         round_.send(reply),
     )
@@ -193,7 +196,7 @@ def _advertise(device: Device, state: Opening, event: ContributionLoaded, now: M
 def _share(device: Device, state: Advertised, message: Roster, now: Moment) -> Step:
     reply = _expect(state.session.receive(message), ShareKeys)
     cohort = len(message.leaves) // _LEAF_BYTES
-    return Sharing(state.round, state.session, state.weight, cohort), (
+    return Sharing(state.round, state.session, state.weight, cohort, state.client_state), (
         state.round.send(reply, state.session.session_id),
     )
 
@@ -203,8 +206,11 @@ def _mask(device: Device, state: Sharing, message: MaskedInputRequest, now: Mome
     reply = _expect(session.receive(message), MaskedInput)
     entry = msgspec.structs.replace(round_.entry, session=session.session_id)
     spent = replace(round_, entry=entry)
-    # The order is the guarantee: the plain result is gone and the ledger has its row before a masked byte can leave.
+    held = () if state.client_state is None else (HoldClientState(round_.id, state.client_state),)
+    # The order is the guarantee: the new client state waits for the outcome, the plain result is gone, and the ledger
+    # has its row, all before a masked byte can leave.
     return Uploading(spent, session, reply.vector), (
+        *held,
         ForgetPending(round_.plan.digest, round_.state),
         Spend(
             round_.plan, round_.state, entry.round, entry.attempt, session.session_id, state.cohort, state.weight
@@ -266,7 +272,9 @@ def _outcome(device: Device, state: State, message: Outcome, now: Moment) -> Ste
     if entry.plan_name:
         effects.append(AdvanceRound(entry.plan_name, entry.round, entry.attempt))
     effects.append(Remember(None))
-    if message.committed and entry.program:
+    if message.committed and entry.publishes:
+        effects.append(KeepPublished(entry.publishes, message.state, entry.round))
+    elif message.committed and entry.program:
         effects.append(AdoptState(entry.program, message.state, entry.round + 1))
     return Watching(entry, result), tuple(effects)
 
@@ -333,7 +341,7 @@ def _quantised(device: Device, plan: Plan, parameters: SecAggParameters, contrib
     except ConfigError as error:
         raise RemoteProtocolError(f"the plan does not fit the session: {error}") from error
     layout.require(parameters)
-    values = {a.name: contribution.values[a.name] for a in plan.aggregations if a.name in contribution.values}
+    values = bounded(plan, contribution.values)
     return encode(layout, values, weight=contribution.weight, entropy=device.entropy)
 
 

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
 import numpy as np
 
-from sottovoce.bundle import Bundle, Port
+from edge_agent.extraction import extract, messages_of
+from sottovoce.bundle import NEXT, Bundle, Port
 from sottovoce.errors import BadExamples, MalformedMessage, ProgramError
-from sottovoce.plan import Document, LocalWork, canonical
-from sottovoce.runtime import Program
+from sottovoce.plan import Document, Extraction, LocalWork, canonical
+from sottovoce.runtime import NO_ARRAYS, Program
 from sottovoce.tensors import decode_tensors, encode_tensors
 from sottovoce.types import Array
 
@@ -52,10 +53,12 @@ class WorkResult:
         values: Every result of the program by name, one array for each of its ports; every metric by name, one array
             of shape [1], summed over the last epoch.
         weight: Number of examples used.
+        client_state: The new value of every port of the program's client state; nothing without one.
     """
 
     values: Mapping[str, list[Array]] = field(repr=False)
     weight: int
+    client_state: Mapping[str, Array] = field(repr=False)
 
 
 class _Checkpoint(Document, frozen=True):
@@ -79,6 +82,8 @@ class Work:
         plan: Epochs, batch size and the largest number of examples.
         broadcast: One array for each broadcast port.
         examples: What `check_examples` returned.
+        client_state: One array for each port of the program's client state.
+        messages: Number of messages that the examples were extracted from, each giving many or none; 0 without.
     """
 
     program: Program
@@ -86,21 +91,29 @@ class Work:
     plan: LocalWork
     broadcast: Mapping[str, Array]
     examples: Mapping[str, Array]
+    client_state: Mapping[str, Array] = field(default_factory=dict)
+    messages: int = 0
 
     @property
-    def weight(self) -> int:
-        """Number of examples that the run uses."""
+    def rows(self) -> int:
+        """Number of rows of the examples that the run uses; only messages can have none."""
         count = _length(self.examples)
         return min(count, self.plan.max_examples) if self.plan.max_examples else count
 
+    @property
+    def weight(self) -> int:
+        """Number of examples that the run uses: the rows, or the messages that they were extracted from."""
+        return self.messages or self.rows
+
     @functools.cached_property
     def fingerprint(self) -> bytes:
-        """SHA-256 of everything a checkpoint depends on: program, plan, broadcast and examples."""
+        """SHA-256 of everything a checkpoint depends on: program, plan, broadcast, examples and client state."""
         parts = (
             canonical(self.bundle),
             canonical(self.plan),
             encode_tensors(self.broadcast),
             encode_tensors(self.examples),
+            encode_tensors(self.client_state),
         )
         return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).digest()
 
@@ -113,13 +126,12 @@ class Work:
         Raises:
             ProgramError: The broadcast does not fit the program.
         """
-        return WorkState(
-            seed=entropy(SEED_BYTES), epoch=0, position=0, tensors=self.program.begin(self.broadcast), metrics={}
-        )
+        first = self.program.begin(self.broadcast, self.client_state)
+        return WorkState(seed=entropy(SEED_BYTES), epoch=0, position=0, tensors=first, metrics={})
 
     def is_done(self, state: WorkState) -> bool:
-        """Say whether every epoch is complete."""
-        return state.epoch >= self.plan.epochs
+        """Say whether every epoch is complete; where there are no rows, all are."""
+        return state.epoch >= self.plan.epochs or not self.rows
 
     def advance(self, state: WorkState) -> WorkState:
         """Return the state after one more batch; the last batch of an epoch may be smaller.
@@ -129,15 +141,14 @@ class Work:
         """
         if self.is_done(state):
             raise ProgramError(f"program {self.bundle.name!r} has already run its {self.plan.epochs} epochs")
-        order = _order(state.seed, state.epoch, count=_length(self.examples), used=self.weight)
-        rows = order[state.position : state.position + self.plan.batch_size]
+        rows = self._order(state)[state.position : state.position + self.plan.batch_size]
         batch = {name: column[rows] for name, column in self.examples.items()}
         tensors, metrics = self.program.step(state.tensors, batch)
         self._check_finite(metrics, f"epoch {state.epoch + 1}")
         before = state.metrics if state.position else {}
         sums = {name: before.get(name, np.zeros(1)) + value for name, value in metrics.items()}
         position = state.position + len(rows)
-        complete = position >= self.weight
+        complete = position >= self.rows
         return WorkState(
             seed=state.seed,
             epoch=state.epoch + complete,
@@ -160,9 +171,11 @@ class Work:
         self._check_finite(finished, "its result")
         results = {result.name: [finished[port.name] for port in result.ports] for result in self.bundle.results}
         metrics = {
-            port.name: [state.metrics[port.name].astype(port.tensor_type.numpy_dtype)] for port in self.bundle.metrics
+            port.name: [state.metrics.get(port.name, np.zeros(1)).astype(port.tensor_type.numpy_dtype)]
+            for port in self.bundle.metrics
         }
-        return WorkResult(values={**results, **metrics}, weight=self.weight)
+        kept = {port.name: finished[NEXT + port.name] for port in self.bundle.client_state_ports}
+        return WorkResult(values={**results, **metrics}, weight=self.weight, client_state=kept)
 
     def checkpoint(self, state: WorkState) -> bytes:
         """Return `state` as bytes for `resume`; they hold what was learned from the examples: keep them secret."""
@@ -181,8 +194,8 @@ class Work:
         """Return the state that `checkpoint` wrote.
 
         Raises:
-            ProgramError: The bytes are damaged, or belong to another program, plan, broadcast or set of examples:
-                start again.
+            ProgramError: The bytes are damaged, or belong to another program, plan, broadcast, set of examples or
+                client state: start again.
         """
         try:
             saved = msgspec.msgpack.decode(content, type=_Checkpoint)
@@ -190,8 +203,19 @@ class Work:
         except (msgspec.ValidationError, msgspec.DecodeError, MalformedMessage) as error:
             raise ProgramError(f"the checkpoint is damaged, start again: {error}") from error
         if saved.work != self.fingerprint:
-            raise ProgramError("the checkpoint is of other work (program, plan, broadcast or examples), start again")
+            raise ProgramError(
+                "the checkpoint is of other work (program, plan, broadcast, examples or client state), start again"
+            )
         return WorkState(seed=saved.seed, epoch=saved.epoch, position=saved.position, tensors=tensors, metrics=metrics)
+
+    def _order(self, state: WorkState) -> Array:
+        """Return the rows of the epoch that `state` is in, in order."""
+        count = _length(self.examples)
+        match self.plan.order:
+            case "shuffled":
+                return _shuffled(state.seed, state.epoch, count=count, used=self.rows)
+            case "stored":
+                return np.arange(count - self.rows, count)
 
     def _check_finite(self, values: Mapping[str, Array], where: str) -> None:
         for name, value in values.items():
@@ -203,14 +227,30 @@ class Work:
 
 
 def prepare(
-    program: Program, bundle: Bundle, plan: LocalWork, *, broadcast: Mapping[str, Array], examples: Mapping[str, Array]
+    program: Program,
+    bundle: Bundle,
+    plan: LocalWork,
+    *,
+    broadcast: Mapping[str, Array],
+    examples: Mapping[str, Array],
+    client_state: Mapping[str, Array] = NO_ARRAYS,
+    extraction: Extraction | None = None,
 ) -> Work:
-    """Return the work, its examples checked.
+    """Return the work, its examples checked; in stored order only those that are used are looked at.
+
+    Messages are extracted here: `plan.max_examples` has chosen among them, and all their rows are used.
 
     Raises:
-        BadExamples: See `check_examples`.
+        BadExamples: See `check_examples` and `edge_agent.extraction.messages_of`.
     """
-    return Work(program, bundle, plan, broadcast, check_examples(bundle, examples))
+    newest = plan.max_examples if plan.order == "stored" else 0
+    used = {name: column[-newest:] for name, column in examples.items()}
+    if extraction is None:
+        return Work(program, bundle, plan, broadcast, check_examples(bundle, used), client_state)
+    messages = messages_of(extraction, used)
+    rows = check_columns(bundle.batch, extract(extraction, messages), may_be_empty=True)
+    every_row = msgspec.structs.replace(plan, max_examples=0)
+    return Work(program, bundle, every_row, broadcast, rows, client_state, messages=len(messages))
 
 
 def check_examples(bundle: Bundle, examples: Mapping[str, Array]) -> dict[str, Array]:
@@ -218,7 +258,8 @@ def check_examples(bundle: Bundle, examples: Mapping[str, Array]) -> dict[str, A
 
     Columns that the program does not name are left out: it sees nothing that it did not ask for. Casts that keep the
     meaning are made: any integer, boolean or float column to a float port (a float64 is rounded to float32), and to an
-    integer port any column whose every value the port's dtype represents exactly.
+    integer port any column whose every value the port's dtype represents exactly. A program of one port reads the one
+    column of a collection whatever their names: there is nothing to mix up.
 
     Args:
         bundle: The program.
@@ -228,11 +269,29 @@ def check_examples(bundle: Bundle, examples: Mapping[str, Array]) -> dict[str, A
         BadExamples: A column is missing, of the wrong dtype or shape, or of another length; a value is NaN, infinite
             or outside of its port's bounds; or there are no examples. The text names the column, and row and value.
     """
-    checked = {port.name: _checked_column(port, examples) for port in bundle.batch}
+    if len(bundle.batch) == len(examples) == 1:
+        examples = {bundle.batch[0].name: next(iter(examples.values()))}
+    return check_columns(bundle.batch, examples)
+
+
+def check_columns(
+    ports: Sequence[Port], examples: Mapping[str, Array], *, may_be_empty: bool = False
+) -> dict[str, Array]:
+    """Return the columns that `ports` name, in their dtypes; as `check_examples`, but names always have to agree.
+
+    Args:
+        ports: The program's.
+        examples: One array for each column.
+        may_be_empty: No rows are fine.
+
+    Raises:
+        BadExamples: See `check_examples`.
+    """
+    checked = {port.name: _checked_column(port, examples) for port in ports}
     lengths = {name: len(column) for name, column in checked.items()}
     if len(set(lengths.values())) > 1:
         raise BadExamples(f"the columns have different numbers of rows: {lengths}")
-    if not _length(checked):
+    if not _length(checked) and not may_be_empty:
         raise BadExamples("there are no examples: import some into the collection first")
     return checked
 
@@ -243,6 +302,11 @@ def _checked_column(port: Port, examples: Mapping[str, Array]) -> Array:
             f"column {port.name!r} ({port.type}) is missing; the examples have {', '.join(examples) or 'none'}"
         )
     column = np.asarray(examples[port.name])
+    if column.dtype.kind == "U" or (column.dtype.kind == "O" and all(isinstance(each, str) for each in column.flat)):
+        raise BadExamples(
+            f"column {port.name!r} is text; the program needs {port.type}: write labels as whole numbers from 0, and "
+            "let a plan's extraction read messages"
+        )
     if column.dtype.kind not in "biuf":
         raise BadExamples(f"column {port.name!r} is {column.dtype}, which is no number; the program needs {port.type}")
     wanted = port.tensor_type
@@ -272,7 +336,7 @@ def _length(examples: Mapping[str, Array]) -> int:
 
 
 @functools.lru_cache(maxsize=4)
-def _order(seed: bytes, epoch: int, *, count: int, used: int) -> Array:
+def _shuffled(seed: bytes, epoch: int, *, count: int, used: int) -> Array:
     """Return the rows of one epoch in order: the `used` rows that the seed chooses, shuffled for every epoch anew."""
     chosen = _generator(seed, "examples").permutation(count)[:used]
     return _generator(seed, f"epoch {epoch}").permutation(chosen)

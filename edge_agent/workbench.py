@@ -9,14 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from edge_agent.effects import Contribution
+from edge_agent.client_states import ClientStates, Reading
+from edge_agent.effects import Contribution, NextClientState
 from edge_agent.pending import PendingStore, decode_contribution, encode_contribution
-from edge_agent.work import Work, WorkState, prepare
+from edge_agent.work import Work, WorkResult, WorkState, prepare
 from sottovoce.bundle import Bundle, decode_bundle
 from sottovoce.errors import BadBundle, MalformedMessage, ProgramError
-from sottovoce.plan import Plan
-from sottovoce.runtime import Program, RuntimeName, open_program, run_self_test
-from sottovoce.tensors import decode_tensors
+from sottovoce.plan import LocalWork, Plan
+from sottovoce.runtime import NO_ARRAYS, Program, RuntimeName, open_program, run_self_test
+from sottovoce.tensors import decode_tensors, encode_tensors
 from sottovoce.types import Array
 
 
@@ -29,12 +30,14 @@ class Assignment:
         state: Digest of the state blob.
         expires_ms: When the result loses its use.
         now_ms: The time by which kept files are judged.
+        newest_example: Number of the newest example in the plan's collection.
     """
 
     plan: Plan
     state: bytes
     expires_ms: int
     now_ms: int
+    newest_example: int = 0
 
     @property
     def key(self) -> bytes:
@@ -47,6 +50,7 @@ class _Running:
     assignment: Assignment
     work: Work
     state: WorkState
+    base: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +58,9 @@ class _Opened:
     digest: bytes
     bundle: Bundle
     program: Program
+
+
+_NOTHING_KEPT = Reading(values=NO_ARRAYS, base="")
 
 
 class Workbench:
@@ -66,6 +73,7 @@ class Workbench:
     def __init__(
         self,
         pending: PendingStore,
+        client_states: ClientStates,
         *,
         runtime: RuntimeName,
         threads: int,
@@ -76,12 +84,14 @@ class Workbench:
 
         Args:
             pending: Where checkpoints and results are kept.
+            client_states: What the programs keep on this device.
             runtime: Which TFLite runtime.
             threads: Processor threads of one invocation.
             entropy: The system's entropy; every new piece of work draws a fresh seed from it.
             log: Told, in words, what happens.
         """
         self._pending = pending
+        self._client_states = client_states
         self._runtime: RuntimeName = runtime
         self._threads = threads
         self._entropy = entropy
@@ -100,34 +110,39 @@ class Workbench:
         assignment: Assignment,
         *,
         read_blob: Callable[[bytes], bytes],
-        read_examples: Callable[[str], Mapping[str, Array]],
+        read_examples: Callable[[str, int], Mapping[str, Array]],
     ) -> bool:
         """Begin, or take up, the assigned work; return True if its result is on disk already.
 
         Args:
             assignment: What to do.
             read_blob: Digest -> the verified blob.
-            read_examples: Collection -> its columns.
+            read_examples: Collection, how many of the newest examples (0: all) -> their columns.
 
         Raises:
-            ProgramError: The program, its self-test or the examples do not fit; nothing was run.
+            ProgramError: The program, its self-test, the examples or its client state do not fit; nothing was run.
+            PolicyRefusal: The program would keep more than the owner allows.
             MalformedMessage: The state is not one.
         """
         self.stop()
-        if self._pending.load("result", assignment.key, now_ms=assignment.now_ms) is not None:
+        if self._has_result(assignment):
             self._log("the result of an earlier run is still unspent: it is used again")
             return True
         plan = assignment.plan
         opened = self._open(plan.program.digest, read_blob)
         _check_aggregations(plan, opened.bundle)
+        kept = opened.bundle.client_state
+        reading = _NOTHING_KEPT if kept is None else self._client_states.take_up(kept, plan)
         work = prepare(
             opened.program,
             opened.bundle,
             plan.work,
             broadcast=decode_tensors(read_blob(assignment.state)),
-            examples=read_examples(plan.collection),
+            examples=read_examples(plan.collection, newest_used(plan.work)),
+            client_state=reading.values,
+            extraction=plan.extraction,
         )
-        self._running = _Running(assignment, work, self._first_state(assignment, work))
+        self._running = _Running(assignment, work, self._first_state(assignment, work), reading.base)
         self.batches = 0
         return False
 
@@ -142,8 +157,9 @@ class Workbench:
         if running is None:
             return False
         try:
-            running.state = running.work.advance(running.state)
-            self.batches += 1
+            if not running.work.is_done(running.state):  # Messages may give no row at all.
+                running.state = running.work.advance(running.state)
+                self.batches += 1
             if running.work.is_done(running.state):
                 self._keep_result(running)
                 self.stop()
@@ -179,6 +195,30 @@ class Workbench:
         for kind in ("checkpoint", "result"):
             self._pending.erase(kind, pending_key(plan, state))
 
+    def _has_result(self, assignment: Assignment) -> bool:
+        """Say whether an earlier run's result can be used; one from what has changed since is erased.
+
+        Which of many examples a random order has chosen does not matter, and they go on being true; but who asks for
+        the newest examples means those of now.
+        """
+        content = self._pending.load("result", assignment.key, now_ms=assignment.now_ms)
+        if content is None:
+            return False
+        try:
+            earlier = decode_contribution(content)
+        except MalformedMessage:
+            return True  # `load` says what is wrong with it.
+        newest_first = assignment.plan.work.order == "stored"
+        if newest_first and earlier.newest_example != assignment.newest_example:
+            changed = "there are newer examples"
+        elif earlier.client_state is not None and not self._client_states.take_up_again(earlier.client_state):
+            changed = f"client state {earlier.client_state.slot} has changed"
+        else:
+            return True
+        self._pending.erase("result", assignment.key)
+        self._log(f"{changed} since an earlier run: the work is done again")
+        return False
+
     def _open(self, digest: bytes, read_blob: Callable[[bytes], bytes]) -> _Opened:
         if self._opened is None or self._opened.digest != digest:
             self._opened = None
@@ -194,7 +234,7 @@ class Workbench:
         if kept is not None:
             try:
                 state = work.resume(kept)
-                self._log(f"resumed in epoch {state.epoch + 1} after {state.position} of {work.weight} examples")
+                self._log(f"resumed in epoch {state.epoch + 1} after {state.position} of {work.rows} examples")
                 return state
             except ProgramError as error:
                 self._log(str(error))
@@ -202,7 +242,12 @@ class Workbench:
 
     def _keep_result(self, running: _Running) -> None:
         result = running.work.result(running.state)
-        contribution = Contribution(values=dict(result.values), weight=result.weight)
+        contribution = Contribution(
+            values=dict(result.values),
+            weight=result.weight,
+            client_state=_next_client_state(running, result),
+            newest_example=running.assignment.newest_example,
+        )
         self._save(running, "result", encode_contribution(contribution))
         self._pending.erase("checkpoint", running.assignment.key)
         self._log(f"ran {self.batches} batches over {result.weight} examples")
@@ -217,6 +262,26 @@ class Workbench:
         )
 
 
+def newest_used(work: LocalWork) -> int:
+    """Return how many of the newest examples `work` looks at, 0 for all: what is not looked at is not even read."""
+    return work.max_examples if work.order == "stored" else 0
+
+
+def _next_client_state(running: _Running, result: WorkResult) -> NextClientState | None:
+    kept, plan = running.work.bundle.client_state, running.assignment.plan
+    if kept is None:
+        return None
+    return NextClientState(
+        slot=kept.slot,
+        version=kept.version,
+        types=kept.types,
+        plan_name=plan.name,
+        collection=plan.collection,
+        base=running.base,
+        content=encode_tensors(result.client_state),
+    )
+
+
 def pending_key(plan: bytes, state: bytes) -> bytes:
     """Return what the work on this plan and state is kept under."""
     return plan + state
@@ -227,6 +292,8 @@ def _check_aggregations(plan: Plan, bundle: Bundle) -> None:
     computed = {result.name: tuple(port.type for port in result.ports) for result in bundle.results}
     computed.update({port.name: (port.type,) for port in bundle.metrics})
     for aggregation in plan.aggregations:
+        if aggregation.presence_of:
+            continue  # The device computes it itself.
         if computed.get(aggregation.name) != aggregation.tensors:
             raise BadBundle(
                 f"plan {plan.name!r} sums {aggregation.name!r} of {', '.join(aggregation.tensors)}; program "

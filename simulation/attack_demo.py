@@ -21,23 +21,26 @@ import msgspec
 import numpy as np
 from rich.console import Console
 
-from coordinator.program import FederatedProgram, build_program
+from coordinator.hosted import hosted_program
+from coordinator.requests import plan_of
 from coordinator.task import read_task
+from coordinator.terms import SecAggTerms
 from edge_agent.policy import Policy, client_terms
 from edge_agent.work import prepare
 from simulation.attack import correlations, largest_by_chance, reconstruct
 from simulation.attack_report import AttackReport, Bounds, Finding, draw, findings_table, write_attack_report
 from simulation.attack_session import COORDINATOR, Record, enrol, hold_session, without_known_masks
 from simulation.datasets import Examples, digits
+from sottovoce.bundle import Bundle, decode_bundle
 from sottovoce.errors import ConfigError
 from sottovoce.identity import SignedContext
-from sottovoce.plan import digest_of
+from sottovoce.plan import DEFAULT_CHUNK_BYTES, Plan, digest_of
 from sottovoce.runtime import Program, open_program
 from sottovoce.secagg.client import ClientSession
 from sottovoce.secagg.lanes import Layout, encode, layout_of
 from sottovoce.secagg.segments import add_into
 from sottovoce.secagg.server import ServerSession
-from sottovoce.tensors import encode_tensors
+from sottovoce.tensors import decode_tensors, encode_tensors
 from sottovoce.types import Array, TensorType
 from sottovoce.wire.messages import SecAggParameters
 
@@ -126,17 +129,17 @@ def hold_round(*, seed: int, devices: int = DEFAULT_DEVICES) -> Round:
     fewest = Policy().minimum_cohort
     if devices < fewest:
         raise ConfigError(f"--devices {devices}: a device takes part in rounds of at least {fewest}; ask for more")
-    program = _digits_program(devices)
+    given = _digits_program(devices)
     examples = _divided(seed, devices)
-    layout = layout_of(program.plan, maximum_clients=devices)
-    runtime = open_program(program.bundle)
-    plain = {device: _plain_update(program, runtime, layout, mine) for device, mine in examples.items()}
+    layout = layout_of(given.plan, maximum_clients=devices)
+    runtime = open_program(given.bundle)
+    plain = {device: _plain_update(given, runtime, layout, mine) for device, mine in examples.items()}
     total = bytearray(layout.unpacked_bytes)
     for vector in plain.values():
         add_into(total, vector, layout)
     victim, _honest, *captured = plain
     kept = bytes(plain[victim])
-    record = _hold_session(program, layout, plain, captured)
+    record = _hold_session(given, layout, plain, captured)
     return Round(layout, examples[victim]["x"][0], int(examples[victim]["y"][0]), victim, kept, bytes(total), record)
 
 
@@ -179,12 +182,32 @@ def attack_round(round_: Round) -> AttackReport:
 # --- the round --------------------------------------------------------------------------------------------------------
 
 
-def _digits_program(devices: int) -> FederatedProgram:
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """What the coordinator gives to every device.
+
+    Attributes:
+        plan: The plan.
+        bundle: The client program.
+        broadcast: The model.
+        assumed: What the plan's task assumes of the fleet.
+    """
+
+    plan: Plan
+    bundle: Bundle
+    broadcast: Mapping[str, Array]
+    assumed: SecAggTerms
+
+
+def _digits_program(devices: int) -> _Given:
     """Return the digits task as it is, for a cohort of `devices`."""
     task = read_task((HERE / "tasks" / "digits.toml").read_text(), where="digits.toml")
     cohort = msgspec.structs.replace(task.cohort, goal=devices)
     task = msgspec.structs.replace(task, cohort=cohort)
-    return build_program(task, (HERE / "bundles" / "digits.svp").read_bytes(), fleet=FLEET)
+    program = hosted_program(task, (HERE / "bundles" / "digits.svp").read_bytes())
+    request = program.request_at(0, program.first_state)
+    plan = plan_of(request, task.terms, fleet=FLEET, chunk_bytes=DEFAULT_CHUNK_BYTES)
+    return _Given(plan, decode_bundle(request.bundle), decode_tensors(request.broadcast), task.secagg)
 
 
 def _divided(seed: int, devices: int) -> dict[str, Examples]:
@@ -195,23 +218,21 @@ def _divided(seed: int, devices: int) -> dict[str, Examples]:
     return {**examples, victim: {name: column[row : row + 1] for name, column in examples[victim].items()}}
 
 
-def _plain_update(program: FederatedProgram, runtime: Program, layout: Layout, examples: Examples) -> bytearray:
+def _plain_update(given: _Given, runtime: Program, layout: Layout, examples: Examples) -> bytearray:
     """Return what a device would send without masks: trained as an agent trains, encoded as an agent encodes."""
-    work = prepare(runtime, program.bundle, program.plan.work, broadcast=program.initial, examples=examples)
+    work = prepare(runtime, given.bundle, given.plan.work, broadcast=given.broadcast, examples=examples)
     state = work.start(os.urandom)
     while not work.is_done(state):
         state = work.advance(state)
     result = work.result(state)
-    summed = {each.name: result.values[each.name] for each in program.plan.aggregations}
+    summed = {each.name: result.values[each.name] for each in given.plan.aggregations}
     return encode(layout, summed, weight=result.weight, entropy=os.urandom)
 
 
-def _hold_session(
-    program: FederatedProgram, layout: Layout, plain: Mapping[str, bytearray], captured: Sequence[str]
-) -> Record:
+def _hold_session(given: _Given, layout: Layout, plain: Mapping[str, bytearray], captured: Sequence[str]) -> Record:
     """Hold one session over the `plain` vectors; each is masked in place."""
-    plan, state = program.plan.digest, digest_of(encode_tensors(program.initial))
-    parameters = _parameters(program, layout, len(plain))
+    plan, state = given.plan.digest, digest_of(encode_tensors(given.broadcast))
+    parameters = _parameters(given, layout, len(plain))
     with tempfile.TemporaryDirectory(prefix="sottovoce-attack-") as folder:
         fleet = enrol(plain.keys(), Path(folder) / "ca", fleet=FLEET, at=datetime.datetime.now(datetime.UTC))
     clients = {
@@ -234,12 +255,12 @@ def _hold_session(
     return hold_session(fleet, clients, server, parameters=parameters, captured=captured)
 
 
-def _parameters(program: FederatedProgram, layout: Layout, devices: int) -> SecAggParameters:
-    terms = program.task.secagg
+def _parameters(given: _Given, layout: Layout, devices: int) -> SecAggParameters:
+    terms = given.assumed
     return SecAggParameters(
         mode="active",
         cipher="aes-128-ctr",
-        minimum_survivors=program.plan.privacy.minimum_cohort,
+        minimum_survivors=given.plan.privacy.minimum_cohort,
         maximum_clients=devices,
         corrupt_share_bp=round(terms.corrupt_share * _BASIS_POINTS),
         dropout_share_bp=round(terms.dropout_share * _BASIS_POINTS),

@@ -22,6 +22,7 @@ from sottovoce.secagg.client_stages import InputMasked, KeysShared
 from sottovoce.secagg.masks import MaskExpander
 from sottovoce.secagg.server import Reply, ServerSession
 from sottovoce.secagg.server_stages import Cohort, SharingKeys, Unmasked
+from sottovoce.wire.chunks import assemble
 from sottovoce.wire.codec import Opened, open_envelope, parse, seal
 from sottovoce.wire.messages import AdvertiseKeysRequest, Message, SecAggParameters, Unmasking
 
@@ -118,9 +119,10 @@ def hold_session(
             device, client = reply.device, clients[reply.device]
             answer = _exchange(fleet, client, server, reply)
             vector = client.masked_vector
-            if vector is not None and server.expected_vector(device) is not None:
+            announced = server.expected_vector(device)
+            if vector is not None and announced is not None:
                 masked[device] = bytes(vector)
-                server.add_vector(device, vector)
+                server.add_vector(device, assemble(announced, vector))
             if isinstance(answer, Unmasking):
                 answers[device] = answer
             if device in captured:

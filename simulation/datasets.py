@@ -68,6 +68,27 @@ def digits(*, devices: int, seed: int, concentration: float = 0.5, fewest: int =
     raise ConfigError(f"{len(y_train)} examples cannot give {devices} devices {fewest} each; use fewer devices")
 
 
+def digits_by_label(*, devices: int, seed: int, classes: int = 2) -> DividedData:
+    """Return scikit-learn's digits divided by label: a device sees `classes` of the ten digits, or one more.
+
+    The training examples are sorted by label and cut into devices * `classes` shards of equal length, which are dealt
+    out (McMahan et al. 2017, section 3). A shard may straddle two labels.
+
+    Args:
+        devices: How many devices, at least 1.
+        seed: Of the split and of the dealing.
+        classes: Shards a device gets, at least 1.
+    """
+    whole = digits(devices=1, seed=seed)
+    x, y = (whole.devices["pi-01"][name] for name in ("x", "y"))
+    shards = np.array_split(np.argsort(y, kind="stable"), devices * classes)
+    dealt = np.random.default_rng(seed).permutation(len(shards)).reshape(devices, classes)
+    hands = [np.concatenate([shards[shard] for shard in hand]) for hand in dealt]
+    names = device_names(devices)
+    mine = {name: {"x": x[rows], "y": y[rows]} for name, rows in zip(names, hands, strict=True)}
+    return DividedData(mine, whole.test)
+
+
 def people(path: Path) -> DividedData:
     """Return the movements in `har.npz`, one device for every training person, tested on the people held out.
 

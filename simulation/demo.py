@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.live import Live
 
 from coordinator.journal import Journal
-from simulation import attack_demo, baselines, report
+from simulation import attack_demo, baselines, report, temperature_demo
 from simulation.broker_process import BrokerProcess
 from simulation.datasets import DividedData, digits, people
 from simulation.guarded import GuardedFolder
@@ -243,6 +243,13 @@ class Demonstration:
         return report.rounds_table(self.run.rounds, running=self.run.now)
 
 
+_KINDS: Mapping[str, Callable[[argparse.Namespace, Console], object]] = {
+    "attack": attack_demo.main,
+    "temperature": temperature_demo.main,
+}
+"""The demonstrations that do not train a model over several rounds."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the demo named on the command line; return the exit code."""
     options = _parser().parse_args(arguments)
@@ -251,8 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.default_int_handler)
     try:
-        run = attack_demo.main if options.kind == "attack" else demonstrate
-        run(options, console)
+        _KINDS.get(options.kind, demonstrate)(options, console)
     except KeyboardInterrupt:
         console.print("\nstopped; nothing was left behind")
         return 130
@@ -337,13 +343,15 @@ def _parser() -> argparse.ArgumentParser:
         prog="./scripts/demo",
         description="Train one model on many devices that never show their data or their updates: a real broker, real "
         "processes, one of them killed on the way. `attack` shows, in seconds and without a broker, what one plain "
-        "update would give away and what a masked one does.",
+        "update would give away and what a masked one does; `temperature` asks twenty thermometers two questions.",
     )
-    parser.add_argument("kind", nargs="?", choices=sorted([*DEMOS, "attack"]), default="digits", help="default: digits")
-    parser.add_argument("--devices", type=int, help="how many devices (digits, attack: 12; har: every training person)")
+    parser.add_argument("kind", nargs="?", choices=sorted([*DEMOS, *_KINDS]), default="digits", help="default: digits")
+    parser.add_argument(
+        "--devices", type=int, help="how many devices (digits, attack: 12; temperature: 20; har: every person)"
+    )
     parser.add_argument("--rounds", type=int, help="how many rounds (digits: 15, har: 20)")
     parser.add_argument("--seed", type=int, default=1, help="of the division among the devices (default: 1)")
-    parser.add_argument("--data-file", type=Path, help="har: the .npz with the movements")
+    parser.add_argument("--data-file", type=Path, help="har: the .npz with the movements; temperature: a CSV")
     parser.add_argument("--report", type=Path, help="write everything measured as JSON to this file")
     parser.add_argument("--plot", type=Path, help="where the plot goes (default: demo-KIND.png)")
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""An eavesdropper on the demo's broker: what anybody on the way hears of one device. Keeps eight numbers."""
+"""An eavesdropper on the demo's broker: what anybody on the way hears of one device. Keeps a few numbers."""
 
 from __future__ import annotations
 
@@ -20,12 +20,10 @@ from sottovoce.transport.mqtt_settings import MqttSettings
 from sottovoce.wire.chunks import decode_vector_chunk
 from sottovoce.wire.topics import Topics
 
-_WORDS = 8
-
 
 @dataclass(frozen=True, slots=True)
 class Overheard:
-    """Eight entries of one masked vector.
+    """Some entries of one masked vector.
 
     Attributes:
         device: Whose it was.
@@ -39,8 +37,9 @@ class Overheard:
 class Eavesdropper:
     """Listens to every masked vector on the demo's broker, which has no access rules; keeps a piece of the last one."""
 
-    def __init__(self, broker: BrokerProcess, *, offset: int) -> None:
-        """Listen on `broker` from entering on; keep the entries that start at `offset` (within the first chunk)."""
+    def __init__(self, broker: BrokerProcess, *, offset: int, count: int = 8) -> None:
+        """Listen on `broker` from entering on; keep `count` entries from `offset` on (within the first chunk)."""
+        self._count = count
         self._offset_bytes = 4 * offset
         self._settings = MqttSettings(
             host=broker.host, port=broker.port, protocol=broker.protocol, client_id="eavesdropper", clean_start=True
@@ -84,6 +83,6 @@ class Eavesdropper:
             chunk = decode_vector_chunk(delivery.payload)
         except MalformedMessage:
             return  # an eavesdropper shrugs at what it does not understand
-        if chunk.index == 0 and len(chunk.content) >= self._offset_bytes + 4 * _WORDS:
-            words = np.frombuffer(chunk.content, dtype="<u4", count=_WORDS, offset=self._offset_bytes)
+        if chunk.index == 0 and len(chunk.content) >= self._offset_bytes + 4 * self._count:
+            words = np.frombuffer(chunk.content, dtype="<u4", count=self._count, offset=self._offset_bytes)
             self.last = Overheard(device, tuple(int(word) for word in words))

@@ -1,22 +1,24 @@
 """One session of secure aggregation with every device in this process: the real sessions of both sides, no network.
 
-Every message is sealed, parsed and verified as on a broker. Only the masked vectors are not cut into chunks. Devices
-work one after another, and the vector of each is in memory only from its quantisation to its upload.
+Every message is sealed, parsed and verified as on a broker, masked vectors travel in chunks. Devices work one after
+another, and the vector of each is in memory only from its quantisation to its upload.
 """
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import resource
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
+from coordinator.aggregation import UploadSlots
 from coordinator.graph_parameters import graph_parameters
 from simulation.secagg_bench_fleet import COORDINATOR, FLEET, SIGNATURES, BenchFleet, Meter
 from sottovoce.errors import RoundAbandoned
@@ -24,6 +26,7 @@ from sottovoce.identity import SignedContext
 from sottovoce.plan import (
     DEFAULT_CHUNK_BYTES,
     Aggregation,
+    BlobRef,
     LaneName,
     LocalWork,
     Plan,
@@ -39,7 +42,7 @@ from sottovoce.secagg.server import STAGE_NAMES, Reply, ServerSession
 from sottovoce.secagg.server_stages import Unmasked
 from sottovoce.secagg.server_steps import AT_ONCE, Spread
 from sottovoce.types import Array
-from sottovoce.wire.chunks import VectorChunk, encode_vector_chunk
+from sottovoce.wire.chunks import VectorChunk, decode_vector_chunk, encode_vector_chunk
 from sottovoce.wire.codec import ALL, open_envelope, parse, seal
 from sottovoce.wire.messages import AdvertiseKeysRequest, Cipher, Message, Mode, Roster, SecAggParameters
 
@@ -210,6 +213,7 @@ class Bench:
             spread=spread,
         )
         self._clients: dict[str, ClientSession] = {}
+        self._uploads = UploadSlots(limit=1, idle_ms=1)
         self._vectors: dict[str, bytearray] = {}
         self._expected = bytearray(self._layout.unpacked_bytes)
         self.measured = Measured()
@@ -225,15 +229,19 @@ class Bench:
             self.measured.exact = self._server.result == self._expected
         except RoundAbandoned as abandoned:
             self.measured.abandoned = f"{abandoned.reason}: {abandoned.detail}"
+        finally:
+            gc.unfreeze()
         self.measured.survivors = len(self._server.survivors)
         self.measured.peak_bytes = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return self.measured
 
     def _run_stage(self, number: int) -> None:
+        _set_aside_what_lives()
         name = STAGE_NAMES[type(self._server.stage)]
         for reply in self._server.outstanding():
             if reply.device not in self._dropouts or number < LAST_STAGES[self._options.drop_stage]:
                 self._serve(name, reply)
+        _set_aside_what_lives()
         self._meter.take()
         with self._meter.line(SESSION):
             self._server.close_stage()
@@ -306,13 +314,26 @@ class Bench:
             opened = open_envelope(envelope, self._fleet.devices[device].certificate, payload)
         with meter.line(SESSION):
             self._server.receive(opened)
-        if self._server.expected_vector(device) is not None:
+        announced = self._server.expected_vector(device)
+        if announced is not None:
             vector = self._clients[device].masked_vector
             assert vector is not None
             self._charge_server(stage)
-            self.measured.up[device] += _upload_bytes(self._server.session_id, vector)
+            payloads = _chunks(self._server.session_id, vector)
+            self.measured.up[device] += sum(len(payload) for payload in payloads)
+            self._meter.take()
             with meter.line(UPLOAD):
-                self._server.add_vector(device, vector)
+                self._take_upload(device, announced, payloads)
+
+    def _take_upload(self, device: str, announced: BlobRef, payloads: Iterable[bytes]) -> None:
+        """Do what the coordinator does with the chunks of a masked vector."""
+        self._uploads.enqueue(device, announced)
+        self._uploads.grant(0, offline=lambda _: False)
+        for payload in payloads:
+            chunk = decode_vector_chunk(payload)
+            upload = self._uploads.add_chunk(device, chunk.index, chunk.content, 0)
+            if upload is not None:
+                self._server.add_vector(device, upload)
 
     def _charge_server(self, stage: str) -> None:
         for line, seconds in self._meter.take().items():
@@ -337,8 +358,19 @@ class _Updates:
         return values
 
 
-def _upload_bytes(session: bytes, vector: bytearray) -> int:
-    """Return how many bytes the chunks of a masked vector have, with what names them."""
+def _set_aside_what_lives() -> None:
+    """Keep what is on the heap by now out of the garbage collector's passes.
+
+    The objects of a thousand devices are on it; on a coordinator's, or a device's, there are none of them. What is made
+    from here on is collected, and paid for, as everywhere.
+    """
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()
+
+
+def _chunks(session: bytes, vector: bytearray) -> list[bytes]:
+    """Return the payloads that a masked vector travels in."""
     view, size = memoryview(vector), DEFAULT_CHUNK_BYTES
     chunks = (VectorChunk(session, at // size, bytes(view[at : at + size])) for at in range(0, len(view), size))
-    return sum(len(encode_vector_chunk(chunk)) for chunk in chunks)
+    return [encode_vector_chunk(chunk) for chunk in chunks]

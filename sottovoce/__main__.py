@@ -8,16 +8,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sottovoce.bundle import Bundle, Port, read_bundle
+from sottovoce import ask_command
+from sottovoce.bundle import Bundle, ClientState, Port, read_bundle
 from sottovoce.errors import SottovoceError
 from sottovoce.plan import digest_of
 from sottovoce.types import Array
 
 _DESCRIPTION = """\
-Tools for those who write and check client programs.
+Tools for those who ask a fleet, and for those who write and check client programs.
 
   sottovoce inspect digits.svp               what a bundle contains, asks for and gives away
   sottovoce inspect digits.svp --self-test   ... and whether this machine's runtime computes it right
+  sottovoce ask mean temperature             asks a running fleet, without a program; see sottovoce ask --help
 
 The other commands: edge-agent (a device), coordinator (the server), fleet-ca (who belongs to the fleet)."""
 
@@ -32,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     inspect.add_argument("--json", action="store_true", help="print it as JSON")
     inspect.add_argument("--self-test", action="store_true", help="run the bundle's self-test on this machine")
     inspect.set_defaults(run=_inspect)
+    ask_command.add_parser(commands, connect=_connect)
     options = parser.parse_args(arguments)
     try:
         options.run(options)
@@ -39,6 +42,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"sottovoce: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _connect(*arguments: Any, **named: Any) -> Any:
+    from coordinator import connect
+
+    return connect(*arguments, **named)
 
 
 def _inspect(options: argparse.Namespace) -> None:
@@ -74,6 +83,7 @@ def describe(bundle: Bundle, digest: bytes, initial: Mapping[str, Array]) -> dic
         "results": {result.name: _ports(result.ports) for result in bundle.results},
         "updates": {result.name: list(result.updates) for result in bundle.results if result.updates},
         "metrics": _ports(bundle.metrics),
+        "client_state": _client_state(bundle.client_state),
         "predictions": _ports(bundle.predictions),
         "sums": _ports(bundle.sums),
         "parameters": sum(initial[name].size for name in learned if name in initial),
@@ -98,6 +108,12 @@ def _ports(ports: Sequence[Port]) -> dict[str, str]:
     return {port.name: port.type + _bounds(port) for port in ports}
 
 
+def _client_state(kept: ClientState | None) -> dict[str, Any] | None:
+    if kept is None:
+        return None
+    return {"slot": kept.slot, "version": kept.version, "ports": _ports(kept.ports), "bytes": len(kept.initial)}
+
+
 def _bounds(port: Port) -> str:
     if port.low is None and port.high is None:
         return ""
@@ -114,6 +130,8 @@ def _lines(contents: Mapping[str, Any]) -> Iterator[str]:
         updates = contents["updates"].get(name)
         yield f"gives        {name}: {_listed(ports)}" + (f", added to {', '.join(updates)}" if updates else "")
     yield f"metrics      {_listed(contents['metrics'])}"
+    if kept := contents["client_state"]:
+        yield f"keeps        {kept['slot']} v{kept['version']}, {kept['bytes']} bytes: {_listed(kept['ports'])}"
     yield f"predicts     {_listed(contents['predictions'])}"
     yield f"parameters   {contents['parameters']}"
     yield f"roles        {', '.join(contents['roles'])}"

@@ -8,24 +8,37 @@ A client program is a set of TFLite signatures that are pure functions of built-
     infer(broadcast..., features...) -> predictions...      a model's program also carries these two
     evaluate(broadcast..., batch...) -> sums...
 
+A program with client state keeps values on the device from one round to the next; they never leave it as they are:
+
+    begin(broadcast..., client_state...) -> state...
+    finish(state..., broadcast...) -> result..., next_client_state...
+
 Every rank-0 value travels as shape [1] (a rank-0 signature input crashes the aarch64 LiteRT wheel).
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, TypeAlias
 
 import msgspec
+import numpy as np
 
-from sottovoce.errors import BadBundle, ConfigError
+from sottovoce.errors import BadBundle, ConfigError, MalformedMessage
 from sottovoce.plan import MAX_BLOB_BYTES, Document, canonical, digest_of
 from sottovoce.tensors import decode_tensors, encode_tensors
 from sottovoce.types import Array, TensorType
 
 FORMAT = "sottovoce-program/1"
 RoleName: TypeAlias = Literal["begin", "step", "finish", "infer", "evaluate"]
+NEXT = "next_"
+"""`finish` returns the new value of the client-state port `p` as `next_p`."""
+MAX_CLIENT_STATE_BYTES = 16 * 1024 * 1024
+"""No slot is larger; what a device really keeps is for its owner's policy to say."""
+_SLOT = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_NOTHING = encode_tensors({})
 
 
 class Port(Document, frozen=True):
@@ -70,6 +83,34 @@ class Role(Document, frozen=True):
     signature: str
 
 
+class ClientState(Document, frozen=True):
+    """A named slot in which the program keeps values on the device from one round to the next.
+
+    Attributes:
+        slot: Its name, 1 to 64 characters of A-Z a-z 0-9 _ -; programs that name the same slot share it.
+        version: At least 1. A value that another version has kept is not read: the program starts from `initial`.
+        ports: What is kept, fully known shapes: inputs of `begin`, and with the prefix `next_` outputs of `finish`.
+        initial: Named tensors: the value of every port before the first committed one.
+        maximum_bytes: What the author lets the slot grow to, `initial` included; the owner's policy has the last word.
+    """
+
+    slot: str
+    version: int
+    ports: tuple[Port, ...]
+    initial: bytes
+    maximum_bytes: int
+
+    @property
+    def next_ports(self) -> tuple[Port, ...]:
+        """The outputs of `finish` that carry the new values, in the order of `ports`."""
+        return tuple(msgspec.structs.replace(port, name=NEXT + port.name) for port in self.ports)
+
+    @property
+    def types(self) -> str:
+        """Names and types of the ports, in order: programs share a slot only where these agree."""
+        return ", ".join(f"{port.name} {port.type}" for port in self.ports)
+
+
 class SelfTest(Document, frozen=True):
     """Inputs and expected results of a few steps; a device runs them on its own runtime before it takes part.
 
@@ -80,12 +121,15 @@ class SelfTest(Document, frozen=True):
         expected: Named tensors: every port of every result, each metric summed over the steps under its own name;
             large tensors as `sottovoce.runtime.sampled` represents them.
         tolerance: Largest allowed absolute difference.
+        client_state: Named tensors given to `begin`; ports that are not in it take their `initial` value. The new
+            values are expected under the names of `ClientState.next_ports`.
     """
 
     broadcast: bytes
     batches: tuple[bytes, ...]
     expected: bytes
     tolerance: float
+    client_state: bytes = _NOTHING
 
 
 class Bundle(Document, frozen=True):
@@ -105,6 +149,7 @@ class Bundle(Document, frozen=True):
         features: The names among `batch` that `infer` takes.
         predictions: What `infer` returns.
         sums: What `evaluate` returns, shape [1] each.
+        client_state: The slot that the program reads and writes, None for most.
         initial: Named tensors: the first value of every broadcast port.
         self_test: See SelfTest.
     """
@@ -124,11 +169,22 @@ class Bundle(Document, frozen=True):
     features: tuple[str, ...] = ()
     predictions: tuple[Port, ...] = ()
     sums: tuple[Port, ...] = ()
+    client_state: ClientState | None = None
 
     @property
     def result_ports(self) -> tuple[Port, ...]:
-        """All outputs of `finish`, in order."""
+        """The outputs of `finish` that are results, in order."""
         return tuple(port for result in self.results for port in result.ports)
+
+    @property
+    def client_state_ports(self) -> tuple[Port, ...]:
+        """What `begin` reads of the slot; nothing without one."""
+        return self.client_state.ports if self.client_state else ()
+
+    @property
+    def next_client_state_ports(self) -> tuple[Port, ...]:
+        """What `finish` returns for the slot; nothing without one."""
+        return self.client_state.next_ports if self.client_state else ()
 
 
 def encode_bundle(bundle: Bundle) -> bytes:
@@ -173,6 +229,16 @@ def with_initial(bundle: Bundle, initial: Mapping[str, Array]) -> Bundle:
     return msgspec.structs.replace(bundle, initial=encode_tensors({**before, **initial}), self_test=self_test)
 
 
+def check_client_state(kept: ClientState, values: Mapping[str, Array]) -> None:
+    """Raise BadBundle unless `values` are one array for each port of `kept`, of its type, finite, and no more."""
+    ports = {port.name: port.tensor_type for port in kept.ports}
+    if set(values) != set(ports):
+        raise BadBundle(f"client state {kept.slot!r} keeps {', '.join(ports)}, not {', '.join(values) or 'nothing'}")
+    for name, value in values.items():
+        if not ports[name].admits(value) or not np.all(np.isfinite(value)):
+            raise BadBundle(f"client state {kept.slot!r}: {name!r} must be a finite {ports[name]}")
+
+
 def read_bundle(path: Path) -> tuple[Bundle, bytes]:
     """Return the bundle in the file `path` and its digest.
 
@@ -194,12 +260,26 @@ def _check(bundle: Bundle) -> None:
         raise BadBundle(f"roles are missing: {', '.join(sorted(missing))}")
     if unknown := {role.flatbuffer for role in bundle.roles.values()} - set(bundle.flatbuffers):
         raise BadBundle(f"roles name flatbuffers that are not there: {', '.join(sorted(unknown))}")
+    _check_ports(bundle)
+    if {port.name for port in bundle.metrics} & {result.name for result in bundle.results}:
+        raise BadBundle("a metric and a result have the same name")
+    names = {port.name: port.type for port in bundle.broadcast}
+    for result in bundle.results:
+        if result.updates and [names.get(u) for u in result.updates] != [port.type for port in result.ports]:
+            raise BadBundle(f"result {result.name!r} does not match the broadcast ports it updates")
+    if bundle.client_state is not None:
+        _check_client_state(bundle.client_state)
+
+
+def _check_ports(bundle: Bundle) -> None:
+    finished = bundle.result_ports + bundle.next_client_state_ports
     groups = (
         bundle.broadcast,
         bundle.state,
         bundle.batch,
         bundle.metrics,
-        bundle.result_ports,
+        bundle.client_state_ports,
+        finished,
         bundle.predictions,
         bundle.sums,
     )
@@ -216,12 +296,27 @@ def _check(bundle: Bundle) -> None:
         (bundle.broadcast, bundle.batch),
         (bundle.state, bundle.batch),
         (bundle.state, bundle.metrics),
+        (bundle.broadcast, bundle.client_state_ports),
     ):
         if len({port.name for ports in together for port in ports}) != sum(map(len, together)):
             raise BadBundle("two ports of one signature have the same name")
-    if {port.name for port in bundle.metrics} & {result.name for result in bundle.results}:
-        raise BadBundle("a metric and a result have the same name")
-    names = {port.name: port.type for port in bundle.broadcast}
-    for result in bundle.results:
-        if result.updates and [names.get(u) for u in result.updates] != [port.type for port in result.ports]:
-            raise BadBundle(f"result {result.name!r} does not match the broadcast ports it updates")
+
+
+def _check_client_state(kept: ClientState) -> None:
+    where = f"client state {kept.slot!r}"
+    if not _SLOT.fullmatch(kept.slot):
+        raise BadBundle(f"{where}: a slot's name must be 1 to 64 characters of A-Z a-z 0-9 _ -")
+    if kept.version < 1:
+        raise BadBundle(f"{where}: its version must be at least 1, not {kept.version}")
+    if not kept.ports or any(None in port.tensor_type.shape for port in kept.ports):
+        raise BadBundle(f"{where}: it needs at least one port, and every shape fully known")
+    if not len(kept.initial) <= kept.maximum_bytes <= MAX_CLIENT_STATE_BYTES:
+        raise BadBundle(
+            f"{where}: it takes {len(kept.initial)} bytes, so maximum_bytes must be from there to "
+            f"{MAX_CLIENT_STATE_BYTES}, not {kept.maximum_bytes}"
+        )
+    try:
+        initial = decode_tensors(kept.initial)
+    except MalformedMessage as error:
+        raise BadBundle(f"{where}: its initial value: {error}") from error
+    check_client_state(kept, initial)

@@ -2,6 +2,8 @@
 
 SottovoceError
 ├── ConfigError            a setting, file or argument is wrong; the text says what to do
+│   ├── TypeMismatch           a value or function of one type where another is declared; shows both
+│   └── DefinitionError        a computation that cannot be defined or called as it is written; names the line
 ├── TransportError         the link failed; retry
 ├── ProtocolError
 │   ├── LocalProtocolError     our own code broke the rules: a bug
@@ -35,6 +37,32 @@ class SottovoceError(Exception):
 
 class ConfigError(SottovoceError):
     """A setting, file or command-line argument is wrong; the text says what to do about it."""
+
+
+class TypeMismatch(ConfigError):
+    """A value, function or argument has another type than the one that is declared; the text prints both.
+
+    Attributes:
+        expected: The type that is declared (`sottovoce.types.Type`).
+        found: The type that was given.
+    """
+
+    def __init__(self, what: str, *, expected: object, found: object, cure: str) -> None:
+        super().__init__(f"{what} does not fit its type\n    expected: {expected}\n    found:    {found}\n{cure}")
+        self.expected = expected
+        self.found = found
+
+
+class DefinitionError(ConfigError):
+    """A computation cannot be defined or called as it is written; the text begins with the author's line.
+
+    Attributes:
+        where: File, line and operator, such as `temperature.py:12, federated_sum`.
+    """
+
+    def __init__(self, where: str, text: str) -> None:
+        super().__init__(f"{where}: {text}")
+        self.where = where
 
 
 class TransportError(SottovoceError):

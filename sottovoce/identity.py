@@ -35,6 +35,7 @@ MAX_CERTIFICATE_BYTES = 4096
 _P256_ORDER = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551
 _SCALAR_BYTES = 32
 _LENGTH = struct.Struct("<I").pack
+_NUMBERS = struct.Struct("<IQII").pack
 _BUILD_TIME = datetime.datetime(2026, 11, 22, tzinfo=datetime.UTC)
 _END_OF_TIME = datetime.datetime(9999, 1, 1, tzinfo=datetime.UTC)
 _READABLE_BY_OTHERS = 0o077
@@ -70,18 +71,14 @@ def signed_bytes(message_name: str, context: SignedContext, fingerprint: bytes, 
         fingerprint: SHA-256 of the signer's certificate, 32 bytes.
         body_digest: SHA-256 of the body as received, 32 bytes.
     """
-    fields = (
-        context.sender.encode(),
-        context.recipient.encode(),
-        context.fleet.encode(),
-        struct.pack("<Q", context.round),
-        struct.pack("<I", context.attempt),
-        context.session,
-        fingerprint,
-        body_digest,
-    )
-    name = message_name.encode()
-    return b"sottovoce/1/" + b"".join([piece for part in (name, *fields) for piece in (_LENGTH(len(part)), part)])
+    pieces = [b"sottovoce/1/"]
+    for text in (message_name, context.sender, context.recipient, context.fleet):
+        part = text.encode()
+        pieces += (_LENGTH(len(part)), part)
+    pieces.append(_NUMBERS(8, context.round, 4, context.attempt))
+    for part in (context.session, fingerprint, body_digest):
+        pieces += (_LENGTH(len(part)), part)
+    return b"".join(pieces)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,10 @@ port first. A `Program` is not thread-safe: one for each thread.
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -20,6 +22,7 @@ from sottovoce.types import Array
 
 RuntimeName: TypeAlias = Literal["auto", "litert", "tflite"]
 Arrays: TypeAlias = Mapping[str, Array]
+NO_ARRAYS: Arrays = MappingProxyType({})
 
 SAMPLED_ENTRIES = 1024
 """A tensor of more entries than this is represented in self-test vectors by so many, evenly spread."""
@@ -42,16 +45,17 @@ class Program:
         for role in signatures:
             self._check_signature(role)
 
-    def begin(self, broadcast: Arrays) -> dict[str, Array]:
+    def begin(self, broadcast: Arrays, client_state: Arrays = NO_ARRAYS) -> dict[str, Array]:
         """Return the first state.
 
         Args:
             broadcast: One array for each broadcast port.
+            client_state: One array for each port of the client state, if the program has any.
 
         Raises:
             ProgramError: A port is missing or its array has the wrong dtype or shape; so for every role.
         """
-        return self._run("begin", broadcast)
+        return self._run("begin", {**broadcast, **client_state})
 
     def step(self, state: Arrays, batch: Arrays) -> tuple[dict[str, Array], dict[str, Array]]:
         """Return the state after one batch, and the batch's metrics (sums, shape [1] each)."""
@@ -61,7 +65,7 @@ class Program:
         return outputs, metrics
 
     def finish(self, state: Arrays, broadcast: Arrays) -> dict[str, Array]:
-        """Return every port of every result."""
+        """Return every port of every result, and the client state's new values under the names `next_...`."""
         return self._run("finish", {**state, **broadcast})
 
     def infer(self, broadcast: Arrays, features: Arrays) -> dict[str, Array]:
@@ -79,11 +83,11 @@ class Program:
         b = self._bundle
         match role:
             case "begin":
-                return b.broadcast, b.state
+                return b.broadcast + b.client_state_ports, b.state
             case "step":
                 return b.state + b.batch, b.state + b.metrics
             case "finish":
-                return b.state + b.broadcast, b.result_ports
+                return b.state + b.broadcast, b.result_ports + b.next_client_state_ports
             case "infer":
                 return b.broadcast + self._features, b.predictions
             case "evaluate":
@@ -148,6 +152,46 @@ def open_program(bundle: Bundle, *, runtime: RuntimeName = "auto", threads: int 
     return Program(bundle, signatures)
 
 
+@functools.lru_cache(maxsize=32)
+def open_function(flatbuffer: bytes) -> Callable[[Arrays], dict[str, Array]]:
+    """Return the only signature of a flatbuffer as a function of named arrays; it is not thread-safe.
+
+    Args:
+        flatbuffer: A function that was saved with a computation.
+
+    Raises:
+        ProgramError: No TFLite runtime is installed; so does the function, if an input does not fit.
+        BadBundle: The runtime cannot read it, or it has not one signature.
+    """
+    _, interpreter_class = _choose("auto")
+    try:
+        interpreter = interpreter_class(model_content=flatbuffer)
+        (name,) = interpreter.get_signature_list()
+        signature = interpreter.get_signature_runner(name)
+    except (RuntimeError, ValueError) as error:
+        raise BadBundle(f"the runtime cannot read this function: {error}") from error
+    inputs = signature.get_input_details()
+
+    def run(given: Arrays) -> dict[str, Array]:
+        for port, detail in inputs.items():
+            array = given.get(port)
+            shape = tuple(detail["shape_signature"])
+            if array is None or array.dtype != detail["dtype"] or not _has_shape(array, shape):
+                raise ProgramError(f"input {port!r} must be {detail['dtype'].__name__}{list(shape)}")
+        try:
+            returned = signature(**{port: np.ascontiguousarray(given[port]) for port in inputs})
+        except (RuntimeError, ValueError) as error:
+            raise ProgramError(f"the runtime refused it: {error}") from error
+        return {port: np.array(array) for port, array in returned.items()}
+
+    return run
+
+
+def _has_shape(array: Array, shape: tuple[int, ...]) -> bool:
+    """Say whether `array` has `shape`, where -1 stands for any length."""
+    return array.ndim == len(shape) and all(want in (-1, have) for want, have in zip(shape, array.shape, strict=True))
+
+
 def runtime_name(runtime: RuntimeName = "auto") -> str:
     """Return the name and version of the runtime that `open_program` would use, such as `ai-edge-litert 2.3.0`.
 
@@ -169,11 +213,12 @@ def run_self_test(bundle: Bundle, program: Program) -> None:
     test = bundle.self_test
     try:
         broadcast = {**decode_tensors(bundle.initial), **decode_tensors(test.broadcast)}
+        kept = {**_initial_client_state(bundle), **decode_tensors(test.client_state)}
         batches = [decode_tensors(batch) for batch in test.batches]
         expected = decode_tensors(test.expected)
     except MalformedMessage as error:
         raise BadBundle(f"program {bundle.name!r}: {error}") from error
-    actual = _self_test_results(bundle, program, broadcast, batches)
+    actual = _self_test_results(bundle, program, broadcast, kept, batches)
     if missing := set(actual) - set(expected):
         raise BadBundle(f"program {bundle.name!r}: its self-test expects nothing of {', '.join(sorted(missing))}")
     for name, wanted in expected.items():
@@ -196,14 +241,18 @@ def sampled(tensor: Array) -> Array:
 
 
 def _self_test_results(
-    bundle: Bundle, program: Program, broadcast: Arrays, batches: Sequence[Arrays]
+    bundle: Bundle, program: Program, broadcast: Arrays, client_state: Arrays, batches: Sequence[Arrays]
 ) -> dict[str, Array]:
     totals: dict[str, Array] = {port.name: np.zeros(1) for port in bundle.metrics}
-    state = program.begin(broadcast)
+    state = program.begin(broadcast, client_state)
     for batch in batches:
         state, metrics = program.step(state, batch)
         totals = {name: total + metrics[name] for name, total in totals.items()}
     return {**program.finish(state, broadcast), **totals}
+
+
+def _initial_client_state(bundle: Bundle) -> dict[str, Array]:
+    return decode_tensors(bundle.client_state.initial) if bundle.client_state else {}
 
 
 def _difference(wanted: Array, found: Array) -> float:

@@ -43,10 +43,14 @@ def bigrams(message: str) -> list[Words]:
 
 EXTRACTORS: Final[Mapping[str, Extractor]] = {"text.words/1": words, "text.bigrams/1": bigrams}
 """The extractors of this release, by the names that plans use."""
+PORTS: Final[Mapping[str, tuple[str, ...]]] = {"text.words/1": ("word",), "text.bigrams/1": ("first", "second")}
+"""The batch ports that each extractor fills: one for each word of what it finds."""
 
 
 def is_word(text: str) -> bool:
     """Say whether `text` is exactly one word in its normalised form, as a vocabulary must list it."""
+    if text.isascii() and text.isalpha() and text.islower():
+        return len(text) <= MAX_WORD_CHARACTERS  # The same answer, at once: a vocabulary may have thousands of words.
     return words(text) == [(text,)]
 
 

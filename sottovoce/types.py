@@ -1,10 +1,17 @@
-"""Types of values, in TensorFlow Federated's compact notation: `float32`, `int32[10]`, `float32[?,64]`."""
+"""Types of values, in TensorFlow Federated's compact notation: `float32[?,64]`, `<a=int32,b=bool>`, `{int8*}@CLIENTS`.
+
+`str(type)` prints the notation and `type_of` reads it. Types are data: frozen, compared by value, and made only where
+they are well formed (nothing placed inside a placed type, no sequence inside a sequence). How they relate to one
+another is `sottovoce.language.relations`; the Python values they describe are `sottovoce.values`.
+"""
 
 from __future__ import annotations
 
+import enum
 import functools
 import math
 import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -18,7 +25,28 @@ FloatVector: TypeAlias = npt.NDArray[np.float32]
 UintVector: TypeAlias = npt.NDArray[np.uint32]
 
 DTYPES = ("float32", "float64", "int8", "int32", "int64", "uint8", "uint32", "uint64", "bool")
-_NOTATION = re.compile(r"(?P<dtype>[a-z]+[0-9]*)(?:\[(?P<shape>(?:\?|\d+)(?:,(?:\?|\d+))*)\])?")
+"""What tensors on devices are made of."""
+HOST_DTYPES = (*DTYPES, "str")
+"""What values of the author's own process may be made of; `str` never travels."""
+NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+"""A struct element's name."""
+
+_TENSOR = re.compile(r"(?P<dtype>[a-z]+[0-9]*)(?:\[(?P<shape>(?:\?|\d{1,10})(?:,(?:\?|\d{1,10}))*)\])?")
+_PYTHON_TYPES: dict[object, str] = {bool: "bool", int: "int32", float: "float32", str: "str"}
+
+
+class Placement(enum.Enum):
+    """Where a federated value lives."""
+
+    CLIENTS = "CLIENTS"
+    SERVER = "SERVER"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+CLIENTS = Placement.CLIENTS
+SERVER = Placement.SERVER
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +57,8 @@ class TensorType:
     shape: tuple[int | None, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise ConfigError(f"unknown dtype {self.dtype!r}; use one of {', '.join(DTYPES)}")
+        if self.dtype not in HOST_DTYPES:
+            raise ConfigError(f"unknown dtype {self.dtype!r}; use one of {', '.join(HOST_DTYPES)}")
 
     def __str__(self) -> str:
         dims = ",".join("?" if d is None else str(d) for d in self.shape)
@@ -38,12 +66,12 @@ class TensorType:
 
     @classmethod
     def parse(cls, notation: str) -> TensorType:
-        """Return the type that `notation` (such as `float32[?,64]`) names.
+        """Return the type of a tensor that may travel, which `notation` (such as `float32[?,64]`) names.
 
         Raises:
-            ConfigError: `notation` is not a tensor type.
+            ConfigError: `notation` is not a tensor type, or is `str`, which never leaves the author's process.
         """
-        return _parse(notation)
+        return _parse_tensor(notation)
 
     @property
     def numpy_dtype(self) -> np.dtype[Any]:
@@ -67,10 +95,180 @@ class TensorType:
 
 
 @functools.lru_cache(maxsize=1024)
-def _parse(notation: str) -> TensorType:
+def _parse_tensor(notation: str) -> TensorType:
     """Parse once: every port of every batch is held against its type."""
-    match = _NOTATION.fullmatch(notation)
+    match = _TENSOR.fullmatch(notation)
     if match is None:
         raise ConfigError(f"{notation!r} is not a tensor type; write for example float32, int32[10] or float32[?,64]")
+    if match["dtype"] == "str":
+        raise ConfigError("a str cannot travel to or from a device; send a number that stands for it, as int32")
     dims = match["shape"].split(",") if match["shape"] else []
     return TensorType(match["dtype"], tuple(None if d == "?" else int(d) for d in dims))
+
+
+@dataclass(frozen=True, slots=True)
+class StructType:
+    """An ordered struct; an element without a name has None for one. Prints `<a=float32,b=int32[3]>`."""
+
+    elements: tuple[tuple[str | None, Type], ...]
+
+    def __post_init__(self) -> None:
+        names = self.names
+        for name in names:
+            if not NAME.fullmatch(name):
+                raise ConfigError(f"{name!r} cannot name an element of a struct; use letters, digits and _, as in a_1")
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ConfigError(f"two elements of a struct are called {twice!r}; give each its own name")
+
+    def __str__(self) -> str:
+        return f"<{','.join(str(t) if name is None else f'{name}={t}' for name, t in self.elements)}>"
+
+    def __len__(self) -> int:
+        return len(self.elements)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the elements that have one, in order."""
+        return tuple(name for name, _ in self.elements if name is not None)
+
+    def index(self, key: int | str) -> int:
+        """Return the position of the element named or numbered `key`.
+
+        Raises:
+            ConfigError: There is no such element.
+        """
+        for position, (name, _) in enumerate(self.elements):
+            if key in (name, position):
+                return position
+        known = ", ".join(self.names) or f"0 to {len(self) - 1}" if self.elements else "none at all"
+        raise ConfigError(f"{self} has no element {key!r}; it has {known}")
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceType:
+    """A sequence of values of one type, of any length; prints `float32*`."""
+
+    element: Type
+
+    def __post_init__(self) -> None:
+        _refuse_inside(self, self.element, (FederatedType, FunctionType, SequenceType), "a sequence")
+
+    def __str__(self) -> str:
+        return f"{self.element}*"
+
+
+@dataclass(frozen=True, slots=True)
+class FunctionType:
+    """A function of one parameter (a struct where there are several) or none; prints `(int32 -> bool)`."""
+
+    parameter: Type | None
+    result: Type
+
+    def __str__(self) -> str:
+        return f"({'' if self.parameter is None else self.parameter} -> {self.result})"
+
+
+@dataclass(frozen=True, slots=True)
+class FederatedType:
+    """Values of type `member` at a placement: `{float32}@CLIENTS` one per client, `float32@CLIENTS` all the same.
+
+    `all_equal` is what is usual at the placement where it is not given: True at SERVER, which is one place, else False.
+    """
+
+    member: Type
+    placement: Placement
+    all_equal: bool = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        _refuse_inside(self, self.member, (FederatedType, FunctionType), "a placed type")
+        if self.all_equal is None:
+            object.__setattr__(self, "all_equal", self.placement is SERVER)
+        if self.placement is SERVER and not self.all_equal:
+            raise ConfigError(f"the server holds one value, not one per client: write {self.member}@SERVER")
+
+    def __str__(self) -> str:
+        return f"{self.member}@{self.placement}" if self.all_equal else f"{{{self.member}}}@{self.placement}"
+
+
+Type: TypeAlias = TensorType | StructType | SequenceType | FunctionType | FederatedType
+
+
+def children(kind: Type) -> Iterator[Type]:
+    """Yield the types that `kind` is directly made of."""
+    match kind:
+        case StructType():
+            yield from (element for _, element in kind.elements)
+        case SequenceType():
+            yield kind.element
+        case FunctionType():
+            yield from (part for part in (kind.parameter, kind.result) if part is not None)
+        case FederatedType():
+            yield kind.member
+        case TensorType():
+            pass
+
+
+def contains(kind: Type, *classes: type[Type]) -> Type | None:
+    """Return `kind` or the first part of it, depth first, that is of one of `classes`; None where there is none."""
+    if isinstance(kind, classes):
+        return kind
+    return next((found for child in children(kind) if (found := contains(child, *classes)) is not None), None)
+
+
+def _refuse_inside(whole: Type, part: Type, classes: tuple[type[Type], ...], where: str) -> None:
+    found = contains(part, *classes)
+    if found is not None:
+        raise ConfigError(f"{found} cannot stand inside {where}, as in {whole}; only tensors and structs of them can")
+
+
+def at_server(member: object) -> FederatedType:
+    """Return `member@SERVER`; `member` is whatever `type_of` takes."""
+    return FederatedType(type_of(member), SERVER, all_equal=True)
+
+
+def at_clients(member: object, *, all_equal: bool = False) -> FederatedType:
+    """Return `{member}@CLIENTS`, or `member@CLIENTS` where `all_equal`; `member` is whatever `type_of` takes."""
+    return FederatedType(type_of(member), CLIENTS, all_equal=all_equal)
+
+
+def type_of(description: object) -> Type:
+    """Return the type that `description` stands for.
+
+    Args:
+        description: A type; the notation (`"{float32}@CLIENTS"`); a numpy dtype or scalar type; `bool`, `int` (int32),
+            `float` (float32) or `str`; a pair of a dtype and a shape, `(np.float32, (10,))`; or a mapping, named tuple,
+            tuple or list of such descriptions, which is a struct.
+
+    Raises:
+        ConfigError: It is none of these, or the notation is wrong.
+    """
+    match description:
+        case TensorType() | StructType() | SequenceType() | FunctionType() | FederatedType():
+            return description
+        case str():
+            from sottovoce.notation import parse  # it builds these very types, so it can only follow them
+
+            return parse(description)
+        case np.dtype():
+            return TensorType(description.name)
+        case type() if issubclass(description, np.generic) or description in _PYTHON_TYPES:
+            return TensorType(_PYTHON_TYPES.get(description) or np.dtype(description).name)
+        case (dtype, (*dims,)) if dims and all(d is None or isinstance(d, int) for d in dims):
+            return _tensor_of(dtype, dims)
+        case Mapping():
+            return StructType(tuple((str(name), type_of(part)) for name, part in description.items()))
+        case tuple() | list():
+            names = getattr(description, "_fields", (None,) * len(description))
+            return StructType(tuple((n, type_of(part)) for n, part in zip(names, description, strict=True)))
+    raise ConfigError(
+        f"{description!r} does not name a type; write the notation, such as 'float32[10]' or '{{int32}}@CLIENTS', "
+        "or a numpy dtype, or a dict or tuple of those for a struct"
+    )
+
+
+def _tensor_of(dtype: object, dims: list[Any]) -> TensorType:
+    scalar = type_of(dtype)
+    if not isinstance(scalar, TensorType) or scalar.shape:
+        raise ConfigError(f"{dtype!r} with the shape {dims} is not a tensor type; write for example 'float32[10]'")
+    return TensorType(scalar.dtype, tuple(dims))

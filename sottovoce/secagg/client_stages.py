@@ -84,7 +84,7 @@ class Seat:
 
 @dataclass(frozen=True, slots=True)
 class ChannelKeys:
-    """What two neighbours alone can derive, from this device's point of view.
+    """What two neighbours alone can derive, from this device's point of view. In curious mode the tokens are empty.
 
     Attributes:
         incoming: Key of the shares that the neighbour sends.
@@ -104,7 +104,7 @@ class HeldShares:
     Attributes:
         self_seed: Share of its self seed.
         mask_key: Share of its mask key.
-        inclusion: The token that it makes if it masks with this device.
+        inclusion: The token that it makes if it masks with this device; empty in curious mode.
     """
 
     self_seed: bytes = field(repr=False)

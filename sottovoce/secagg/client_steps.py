@@ -118,8 +118,7 @@ def mask_input(setting: Setting, stage: KeysShared, request: MaskedInputRequest)
     shamir.parse_shares([share for pair in held.values() for share in (pair.self_seed, pair.mask_key)])
     _mask_in_place(setting, stage, positions)
     reference = blob_ref(stage.vector, chunk_bytes=setting.chunk_bytes)
-    active = setting.agreement.parameters.mode == "active"
-    inclusions = b"".join(stage.channels[position].inclusion_sent for position in positions) if active else b""
+    inclusions = b"".join(stage.channels[position].inclusion_sent for position in positions)
     following = InputMasked(stage.vector, stage.seat, held, stage.own_share)
     return following, MaskedInput(vector=reference, inclusions=inclusions)
 
@@ -223,16 +222,18 @@ def _shape_told(setting: Setting, roster: Roster, leaves: Sequence[bytes]) -> Sh
 def _channel_keys(setting: Setting, stage: Advertised, seat: Seat) -> tuple[dict[int, bytes], dict[int, ChannelKeys]]:
     """Return the key of the shares sent to every neighbour, and what is kept of its channel, by position."""
     session, device = seat.shape.session, setting.device
+    active = setting.agreement.parameters.mode == "active"
     outgoing: dict[int, bytes] = {}
     kept: dict[int, ChannelKeys] = {}
     for position, neighbour in seat.neighbours.items():
         secret, peer = stage.channel.agree(neighbour.channel_key), neighbour.device
         outgoing[position] = keys.share_channel_key(secret, session=session, sender=device, recipient=peer)
-        kept[position] = ChannelKeys(
-            incoming=keys.share_channel_key(secret, session=session, sender=peer, recipient=device),
-            inclusion_sent=keys.inclusion_token(secret, session=session, sender=device, recipient=peer),
-            inclusion_wanted=keys.inclusion_token(secret, session=session, sender=peer, recipient=device),
-        )
+        incoming = keys.share_channel_key(secret, session=session, sender=peer, recipient=device)
+        sent = wanted = b""
+        if active:
+            sent = keys.inclusion_token(secret, session=session, sender=device, recipient=peer)
+            wanted = keys.inclusion_token(secret, session=session, sender=peer, recipient=device)
+        kept[position] = ChannelKeys(incoming, inclusion_sent=sent, inclusion_wanted=wanted)
     return outgoing, kept
 
 
@@ -245,18 +246,17 @@ def _open_shares(stage: KeysShared, position: int, ciphertext: bytes) -> HeldSha
 def _mask_in_place(setting: Setting, stage: KeysShared, positions: Sequence[int]) -> None:
     """Add the self mask and one pairwise mask per neighbour that shared keys, the lower position adds; then pack."""
     session, cipher = stage.seat.shape.session, setting.agreement.parameters.cipher
-    mask_keys: list[tuple[bool, bytes]] = []
+    own_key = keys.self_mask_key(stage.self_seed, session=session, device=setting.device, cipher=cipher)
+    added: list[bytes] = [own_key]
+    subtracted: list[bytes] = []
     for position in positions:
         neighbour, first = stage.seat.neighbours[position], stage.seat.position < position
         lower, upper = (setting.device, neighbour.device) if first else (neighbour.device, setting.device)
         secret = stage.mask.agree(neighbour.mask_key)
         key = keys.pairwise_mask_key(secret, session=session, lower=lower, upper=upper, cipher=cipher)
-        mask_keys.append((first, key))
-    own_key = keys.self_mask_key(stage.self_seed, session=session, device=setting.device, cipher=cipher)
+        (added if first else subtracted).append(key)
     expander = MaskExpander(setting.agreement.parameters)
-    expander.add(stage.vector, own_key)
-    for first, key in mask_keys:
-        (expander.add if first else expander.subtract)(stage.vector, key)
+    expander.apply(stage.vector, added=added, subtracted=subtracted)
     expander.erase()
     segments.pack(stage.vector, setting.agreement.parameters)
 

@@ -6,12 +6,13 @@ Everything comes from `cryptography`; here it is only named, labelled and bound 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from cryptography.hazmat.primitives.hmac import HMAC
 
 from sottovoce.errors import BadShare, CryptoError, LowOrderPoint
 from sottovoce.secagg import labels
@@ -30,6 +31,7 @@ _SHARE_CIPHER = "chacha20-poly1305"
 _SHARE_KEY_BYTES = 32
 _ONE_TIME_NONCE = bytes(12)
 _SHA256 = SHA256()
+_FIRST_BLOCK = b"\x01"
 
 _FIELD_PRIME = 2**255 - 19
 _TOP_BIT = 2**255
@@ -132,5 +134,15 @@ def decrypt_shares(key: bytes, ciphertext: bytes, *, session: bytes) -> bytes:
 
 
 def _derive(secret: bytes, session: bytes, length: int, label: bytes, *names: str) -> bytes:
-    info = label_prefixed(label, *[name.encode() for name in names])
-    return HKDF(_SHA256, length, session, info).derive(secret)
+    """Return HKDF-SHA256 of `secret`, at most 32 bytes: then its expansion is a single block (RFC 5869)."""
+    extraction = _keyed_by(session).copy()
+    extraction.update(secret)
+    expansion = HMAC(extraction.finalize(), _SHA256)
+    expansion.update(label_prefixed(label, *map(str.encode, names)) + _FIRST_BLOCK)
+    return expansion.finalize()[:length]
+
+
+@lru_cache(maxsize=4)
+def _keyed_by(session: bytes) -> HMAC:
+    """Return the start of every extraction of one session, which holds nothing secret; never finished, only copied."""
+    return HMAC(session, _SHA256)

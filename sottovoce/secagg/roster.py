@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import datetime
+import operator
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice
 
 from sottovoce.errors import MalformedMessage, RemoteProtocolError, Replayed
 from sottovoce.identity import Certificate, TrustAnchor
@@ -20,9 +22,10 @@ from sottovoce.secagg.transcript import (
     merkle_root,
     session_id,
 )
-from sottovoce.wire.codec import Opened, open_envelope, parse, parse_body
+from sottovoce.wire.codec import Opened, parse, parse_body, signed_content
 from sottovoce.wire.messages import AdvertiseKeys, Roster, SurvivorsSignature
 
+_LEAF = struct.Struct(f"{DIGEST_BYTES}s")
 _MAX_EVIDENCE_BYTES = 16 * 1024
 """Longest signed envelope that one member may make the others read."""
 
@@ -139,9 +142,9 @@ def split_leaves(roster: Roster) -> list[bytes]:
     Raises:
         MalformedMessage: They are not whole leaves in strictly rising order: unsorted, or one of them twice.
     """
-    leaves = [roster.leaves[at : at + DIGEST_BYTES] for at in range(0, len(roster.leaves), DIGEST_BYTES)]
-    whole = bool(leaves) and len(roster.leaves) % DIGEST_BYTES == 0
-    if not whole or any(left >= right for left, right in pairwise(leaves)):
+    whole = bool(roster.leaves) and len(roster.leaves) % DIGEST_BYTES == 0
+    leaves = [leaf for (leaf,) in _LEAF.iter_unpack(roster.leaves)] if whole else []
+    if not whole or any(map(operator.ge, leaves, islice(leaves, 1, None))):
         raise MalformedMessage("a roster's leaves must be 32 bytes each, sorted, and none of them twice")
     return leaves
 
@@ -172,12 +175,11 @@ def verify_neighbours(
     """
     if len(roster.advertisements) != len(positions):
         raise MalformedMessage(f"{len(roster.advertisements)} advertisements for {len(positions)} neighbours")
-    members: dict[int, Member] = {}
-    for position, payload in zip(positions, roster.advertisements, strict=True):
-        member = check_advertisement(agreement, _open_advertisement(payload, anchor, at))
+    opened = _open_advertisements(roster.advertisements, anchor, at)
+    members = {position: check_advertisement(agreement, one) for position, one in zip(positions, opened, strict=True)}
+    for position, member in members.items():
         if member.leaf != leaves[position]:
             raise RemoteProtocolError(f"{member.device}'s advertisement is not leaf {position} of the roster")
-        members[position] = member
     if len({member.device for member in members.values()}) != len(members):
         raise RemoteProtocolError("one device is in the roster twice")
     return members
@@ -203,16 +205,23 @@ def open_signature(
     if envelope.sender not in members:
         raise MalformedMessage(f"a signature of {envelope.sender}, who is not a surviving neighbour")
     claimed = parse_body(envelope, SurvivorsSignature)
-    if envelope.context != agreement.context_of(envelope.sender, session=session):
-        raise Replayed(f"a signature of {envelope.sender} from another session")
     certificate = members[envelope.sender].certificate
-    opened = open_envelope(envelope, certificate, payload)
-    return Opened(claimed, certificate, opened.context, payload)
+    context, content = signed_content(envelope, certificate)
+    certificate.verify(envelope.signature, content)
+    if context != agreement.context_of(envelope.sender, session=session):
+        raise Replayed(f"a signature of {envelope.sender} from another session")
+    return Opened(claimed, certificate, context, payload)
 
 
-def _open_advertisement(payload: bytes, anchor: TrustAnchor, at: datetime.datetime) -> Opened[AdvertiseKeys]:
-    envelope = parse(payload, max_bytes=_MAX_EVIDENCE_BYTES)
-    claimed = parse_body(envelope, AdvertiseKeys)
-    certificate = anchor.verify(claimed.certificate, at=at, role="device")
-    opened = open_envelope(envelope, certificate, payload)
-    return Opened(claimed, certificate, opened.context, payload)
+def _open_advertisements(
+    payloads: Sequence[bytes], anchor: TrustAnchor, at: datetime.datetime
+) -> list[Opened[AdvertiseKeys]]:
+    """Return the verified advertisements, one kind of work at a time for the sake of the processor's cache."""
+    envelopes = [parse(payload, max_bytes=_MAX_EVIDENCE_BYTES) for payload in payloads]
+    claimed = [parse_body(envelope, AdvertiseKeys) for envelope in envelopes]
+    certificates = [anchor.verify(message.certificate, at=at, role="device") for message in claimed]
+    contents = [signed_content(*pair) for pair in zip(envelopes, certificates, strict=True)]
+    for envelope, certificate, (_, content) in zip(envelopes, certificates, contents, strict=True):
+        certificate.verify(envelope.signature, content)
+    contexts = [context for context, _ in contents]
+    return [Opened(*parts) for parts in zip(claimed, certificates, contexts, payloads, strict=True)]

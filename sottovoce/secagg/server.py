@@ -10,12 +10,13 @@ Reference: Bonawitz et al. 2017 (eprint 2017/281), figure 4; `docs/SPEC.md`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
 
 from sottovoce.errors import (
+    BadBlob,
     ConfigError,
     ConflictingMessage,
     LocalProtocolError,
@@ -27,7 +28,6 @@ from sottovoce.identity import SignedContext
 from sottovoce.plan import BlobRef, canonical, digest_of
 from sottovoce.secagg import graph, server_steps
 from sottovoce.secagg.graph import GraphRule
-from sottovoce.secagg.segments import add_packed_into
 from sottovoce.secagg.server_stages import (
     Abandoned,
     AdvertisingKeys,
@@ -40,6 +40,7 @@ from sottovoce.secagg.server_stages import (
 )
 from sottovoce.secagg.server_steps import AT_ONCE, Spread
 from sottovoce.secagg.transcript import NO_SESSION, Agreement, agree
+from sottovoce.wire.chunks import Assembly
 from sottovoce.wire.codec import Opened
 from sottovoce.wire.messages import (
     AdvertiseKeys,
@@ -151,6 +152,7 @@ class ServerSession:
         self._requests_session = self._session = NO_SESSION
         self._spread = spread
         self.stage: Stage = AdvertisingKeys(invited, graph_rule)
+        self._owing = set(self.stage.waiting_for())
         self.dropped: dict[str, list[str]] = {}
         self.survivors: tuple[str, ...] = ()
 
@@ -170,13 +172,18 @@ class ServerSession:
             raise LocalProtocolError(f"there is no unmasked sum in stage {type(self.stage).__name__}")
         return self.stage.total
 
+    @property
+    def owing(self) -> Set[str]:
+        """The devices that still owe an answer in this stage: not a copy, it shrinks as they answer."""
+        return self._owing
+
     def waiting_for(self) -> frozenset[str]:
         """Return the devices that still owe an answer in this stage."""
-        return self.stage.waiting_for()
+        return frozenset(self._owing)
 
     def outstanding(self) -> list[Reply]:
         """Return this stage's requests to the devices that still owe an answer: at first, and after a reconnect."""
-        return [Reply(device, self._requests[device], self._requests_session) for device in sorted(self.waiting_for())]
+        return [Reply(device, self._requests[device], self._requests_session) for device in sorted(self._owing)]
 
     def receive(self, opened: Opened[Any]) -> list[Reply]:
         """Record a device's verified message; the very same message again changes nothing.
@@ -205,6 +212,8 @@ class ServerSession:
             raise UnexpectedMessage(self.stage, opened.message)
         step(self._agreement, self.stage, opened)
         self._recorded[device, kind] = digest
+        if kind is not MaskedInput:  # It is followed by the vector itself.
+            self._owing.discard(device)
         return []
 
     def expected_vector(self, device: str) -> BlobRef | None:
@@ -215,21 +224,27 @@ class ServerSession:
             case _:
                 return None
 
-    def add_vector(self, device: str, vector: bytearray) -> None:
-        """Add the masked `vector` of `device` to the total, in one step; it may be freed afterwards.
+    def add_vector(self, device: str, upload: Assembly) -> None:
+        """Add the masked vector of `device` to the total, in one step; it may be freed afterwards.
+
+        Args:
+            device: Device id.
+            upload: The whole vector. Its chunks were verified as they came, so that nothing is hashed here again.
 
         Raises:
             LocalProtocolError: No vector of this device is expected: not announced, already added, or too late.
-            BadBlob: It is not the vector that was announced.
+            BadBlob: It is not the vector that was announced, or not whole.
         """
         reference = self.expected_vector(device)
         if reference is None or not isinstance(self.stage, CollectingInputs):
             raise LocalProtocolError(f"no masked vector of {device} is expected")
-        reference.verify(vector)
+        if upload.ref != reference:
+            raise BadBlob(f"the upload of {device} is not the vector that it has announced")
         position = self.stage.cohort.position_of[device]
-        add_packed_into(self.stage.total, vector, self._agreement.parameters)
+        server_steps.add_upload(self.stage.total, upload, self._agreement.parameters)
         self.stage.added.add(position)
         del self.stage.announced[position]
+        self._owing.discard(device)
 
     def close_stage(self) -> list[Reply]:
         """Go on with those who have answered; return what to ask of them next.
@@ -243,7 +258,7 @@ class ServerSession:
             closing = partial(server_steps.close_unmasking, spread=self._spread)
         if closing is None:
             raise LocalProtocolError(f"the session is over: {type(self.stage).__name__}")
-        self.dropped[STAGE_NAMES[type(self.stage)]] = sorted(self.waiting_for())
+        self.dropped[STAGE_NAMES[type(self.stage)]] = sorted(self._owing)
         try:
             following, requests = closing(self._agreement, self.stage)
         except RoundAbandoned as abandoned:
@@ -261,11 +276,13 @@ class ServerSession:
             case _:
                 pass
         self.stage = following
+        self._owing = set(following.waiting_for())
         return self.outstanding()
 
     def abandon(self, reason: str) -> None:
         """End the session without a sum, dropping everything gathered; `reason` is a short code."""
         self.stage = Abandoned(reason)
+        self._owing = set(self.stage.waiting_for())
         self._requests.clear()
         self._recorded.clear()
         self.survivors = ()

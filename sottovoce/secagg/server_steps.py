@@ -7,9 +7,11 @@ function returns the next stage and what to ask of whom, or raises RoundAbandone
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
-from typing import TypeVar
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from typing import TypeAlias
+
+import numpy as np
 
 from sottovoce.errors import BadShare, ConfigError, MalformedMessage, RemoteProtocolError, RoundAbandoned
 from sottovoce.identity import Certificate
@@ -30,6 +32,7 @@ from sottovoce.secagg.server_stages import (
 )
 from sottovoce.secagg.transcript import DIGEST_BYTES, Agreement, commitment_to, survivors_digest
 from sottovoce.secagg.unmask import rebuild_secrets
+from sottovoce.wire.chunks import Assembly
 from sottovoce.wire.codec import Opened
 from sottovoce.wire.messages import (
     AdvertiseKeys,
@@ -37,6 +40,7 @@ from sottovoce.wire.messages import (
     MaskedInputRequest,
     Message,
     Roster,
+    SecAggParameters,
     ShareKeys,
     SurvivorsRequest,
     SurvivorsSignature,
@@ -45,7 +49,11 @@ from sottovoce.wire.messages import (
 )
 
 _CIPHERTEXT_BYTES = 2 * shamir.SHARE_BYTES + keys.TAG_BYTES
-_NextStage = TypeVar("_NextStage")
+_WIDEST_WORD_BYTES = 8
+_STREAMS_AT_ONCE = 64
+"""Mask streams that pass over the total together; each needs about 1 kB, which the processor's cache has to hold."""
+_Rebuilt: TypeAlias = bytes | keys.KeyPair
+"""What is rebuilt of a member: its self seed if its vector is in the total, else its mask keys."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +151,24 @@ def take_unmasking(agreement: Agreement, stage: CollectingShares, opened: Opened
     stage.answers[position] = GivenShares(owners, shamir.parse_shares(contents))
 
 
+def add_upload(total: bytearray, upload: Assembly, parameters: SecAggParameters) -> None:
+    """Add a whole masked vector to `total`, in place; every word wraps around.
+
+    Chunks of whole words are added as they came; else (packed entries, chunks of odd sizes) they are joined first.
+
+    Raises:
+        BadBlob: A chunk is missing.
+    """
+    chunks = upload.chunks()
+    runs = _runs(parameters, upload.ref.chunk_bytes)
+    if runs is None:
+        segments.add_packed_into(total, b"".join(chunks), parameters)
+        return
+    for run in runs:
+        target = np.frombuffer(total, run.dtype, run.count, run.start)
+        np.add(target, np.frombuffer(chunks[run.chunk], run.dtype, run.count, run.offset), target)
+
+
 def close_advertising(agreement: Agreement, stage: AdvertisingKeys) -> tuple[SharingKeys, dict[str, Message]]:
     """Fix the roster: every member gets the leaves of all and the signed advertisements of its neighbours.
 
@@ -155,13 +181,13 @@ def close_advertising(agreement: Agreement, stage: AdvertisingKeys) -> tuple[Sha
     shape = _shape_chosen(agreement, stage.graph_rule, leaves)
     position_of = {member.device: position for position, member in enumerate(members)}
     cohort = Cohort(shape, members, position_of, shape.graph.all_neighbours())
-    joined = b"".join(leaves)
+    joined, payloads = b"".join(leaves), [candidate.payload for candidate in candidates]
     rosters: dict[str, Message] = {
         member.device: Roster(
             leaves=joined,
             neighbours=shape.neighbour_count,
             threshold=shape.threshold,
-            advertisements=tuple(candidates[neighbour].payload for neighbour in cohort.neighbours[position]),
+            advertisements=tuple([payloads[neighbour] for neighbour in cohort.neighbours[position]]),
         )
         for position, member in enumerate(members)
     }
@@ -176,13 +202,13 @@ def close_sharing(agreement: Agreement, stage: SharingKeys) -> tuple[CollectingI
     """
     cohort, answers = stage.cohort, stage.answers
     _require_enough(agreement, len(answers), cohort.shape.threshold, "shared keys")
-    incoming: dict[int, dict[int, bytes]] = {position: {} for position in answers}
+    incoming: dict[int, list[tuple[int, bytes]]] = {position: [] for position in answers}
     for sender in sorted(answers):
         for recipient, ciphertext in zip(cohort.neighbours[sender], answers[sender].ciphertexts, strict=True):
             if recipient in incoming:
-                incoming[recipient][sender] = ciphertext
+                incoming[recipient].append((sender, ciphertext))
     requests: dict[str, Message] = {
-        cohort.members[recipient].device: MaskedInputRequest(shares=tuple(shares.items()))
+        cohort.members[recipient].device: MaskedInputRequest(shares=tuple(shares))
         for recipient, shares in incoming.items()
     }
     commitments = {position: answer.commitment for position, answer in answers.items()}
@@ -249,6 +275,40 @@ def close_unmasking(
     return Unmasked(stage.inputs.total), {}
 
 
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Words of one width that lie in one chunk.
+
+    Attributes:
+        chunk: Index of the chunk.
+        offset: Byte offset in the chunk.
+        start: Byte offset in the vector.
+        count: Words.
+        dtype: Of a word.
+    """
+
+    chunk: int
+    offset: int
+    start: int
+    count: int
+    dtype: np.dtype[np.unsignedinteger]
+
+
+@lru_cache(maxsize=8)
+def _runs(parameters: SecAggParameters, chunk_bytes: int) -> tuple[_Run, ...] | None:
+    """Return the runs of a vector cut into such chunks, or None: it has another form in memory, or chunks cut words."""
+    parts = segments.segments_of(parameters)
+    if chunk_bytes % _WIDEST_WORD_BYTES or not all(part.is_whole_words for part in parts):
+        return None
+    found: list[_Run] = []
+    for chunk, at in enumerate(range(0, parameters.vector_bytes, chunk_bytes)):
+        for part in parts:
+            start, stop = max(part.start, at), min(part.stop, at + chunk_bytes)
+            if start < stop:
+                found.append(_Run(chunk, start - at, start, (stop - start) // part.dtype.itemsize, part.dtype))
+    return tuple(found)
+
+
 def _position(cohort: Cohort, sender: Certificate) -> int:
     position = cohort.position_of.get(sender.name)
     if position is None or cohort.members[position].certificate.fingerprint != sender.fingerprint:
@@ -297,37 +357,52 @@ def _require_shares(inputs: CollectingInputs, present: Collection[int]) -> None:
             raise RoundAbandoned("too_few_shares", f"{left} devices can give shares for {name}, {needed} are needed")
 
 
-def _rebuild(stage: CollectingShares) -> dict[int, bytes]:
-    """Return the self seed of every survivor and the mask key of every member that dropped out after sharing."""
+def _rebuild(stage: CollectingShares) -> dict[int, _Rebuilt]:
+    """Return the self seed of every survivor and the mask keys of every member that dropped out after sharing."""
     cohort, inputs = stage.inputs.cohort, stage.inputs
     points = cohort.shape.points(tuple(stage.answers))
     answers = [(answer.owners, answer.limbs) for answer in stage.answers.values()]
     given = dict(zip(points, answers, strict=True))
-    survivors = stage.alive
+    survivors, session = stage.alive, cohort.shape.session
+    pairs: dict[int, keys.KeyPair] = {}
 
     def verify(owner: int, secret: bytes) -> None:
         if owner in survivors:
-            found = commitment_to(secret, session=cohort.shape.session, position=owner)
-            expected = inputs.commitments[owner]
+            found, expected = commitment_to(secret, session=session, position=owner), inputs.commitments[owner]
         else:
-            found, expected = keys.key_pair(secret).public, cohort.members[owner].mask_key
+            pairs[owner] = keys.key_pair(secret)
+            found, expected = pairs[owner].public, cohort.members[owner].mask_key
         if found != expected:
             raise BadShare(f"the rebuilt secret of {cohort.members[owner].device} is not the one it committed to")
 
     try:
-        return rebuild_secrets(
+        secrets = rebuild_secrets(
             given,
             owners=tuple(inputs.commitments),
             threshold=cohort.shape.threshold,
             verify=verify,
-            session=cohort.shape.session,
+            session=session,
         )
     except BadShare as error:
         raise RoundAbandoned("bad_shares", str(error)) from error
+    return {**secrets, **pairs}
+
+
+@dataclass(slots=True)
+class _Streams:
+    """Keys of mask streams that are to be taken off in one pass over the total.
+
+    Attributes:
+        added: Of the streams to add.
+        subtracted: Of the streams to subtract.
+    """
+
+    added: list[bytes] = field(default_factory=list, repr=False)
+    subtracted: list[bytes] = field(default_factory=list, repr=False)
 
 
 def _take_masks_off(
-    agreement: Agreement, stage: CollectingShares, secrets: Mapping[int, bytes], spread: Spread
+    agreement: Agreement, stage: CollectingShares, secrets: Mapping[int, _Rebuilt], spread: Spread
 ) -> None:
     owners = list(secrets)
     parts = [owners[start :: spread.parts] for start in range(spread.parts)]
@@ -343,26 +418,32 @@ def _take_masks_off(
 def _unmask_part(
     agreement: Agreement,
     stage: CollectingShares,
-    secrets: Mapping[int, bytes],
+    secrets: Mapping[int, _Rebuilt],
     owners: Sequence[int],
     total: bytearray,
 ) -> None:
     """Take the masks that follow from the secrets of `owners` off `total`."""
-    cohort, alive = stage.inputs.cohort, stage.alive
-    session, cipher = cohort.shape.session, agreement.parameters.cipher
-    expander = MaskExpander(agreement.parameters)
+    expander, streams = MaskExpander(agreement.parameters), _Streams()
     for owner in owners:
-        device, secret = cohort.members[owner].device, secrets[owner]
-        if owner in alive:
-            expander.subtract(total, keys.self_mask_key(secret, session=session, device=device, cipher=cipher))
-            continue
-        pair = keys.key_pair(secret)
-        for position in alive.intersection(cohort.neighbours[owner]):
-            peer = cohort.members[position]
-            lower, upper = (device, peer.device) if owner < position else (peer.device, device)
-            key = keys.pairwise_mask_key(
-                pair.agree(peer.mask_key), session=session, lower=lower, upper=upper, cipher=cipher
-            )
-            # The survivor added this stream if its position is the lower one, and subtracted it otherwise.
-            (expander.subtract if position < owner else expander.add)(total, key)
+        _gather(agreement, stage, secrets[owner], owner, streams)
+        if len(streams.added) + len(streams.subtracted) >= _STREAMS_AT_ONCE:
+            expander.apply(total, added=streams.added, subtracted=streams.subtracted)
+            streams = _Streams()
+    expander.apply(total, added=streams.added, subtracted=streams.subtracted)
     expander.erase()
+
+
+def _gather(agreement: Agreement, stage: CollectingShares, secret: _Rebuilt, owner: int, streams: _Streams) -> None:
+    """Note the streams that follow from the secret of `owner`."""
+    cohort, cipher = stage.inputs.cohort, agreement.parameters.cipher
+    session, device = cohort.shape.session, cohort.members[owner].device
+    if isinstance(secret, bytes):
+        streams.subtracted.append(keys.self_mask_key(secret, session=session, device=device, cipher=cipher))
+        return
+    for position in stage.alive.intersection(cohort.neighbours[owner]):
+        peer = cohort.members[position]
+        lower, upper = (device, peer.device) if owner < position else (peer.device, device)
+        shared = secret.agree(peer.mask_key)
+        key = keys.pairwise_mask_key(shared, session=session, lower=lower, upper=upper, cipher=cipher)
+        # The survivor added this stream if its position is the lower one, and subtracted it otherwise.
+        (streams.subtracted if position < owner else streams.added).append(key)

@@ -53,9 +53,11 @@ def split(
     constants = np.concatenate([_limbs_of(secret) for secret in secrets])
     random = _uniform_below_prime((threshold - 1) * constants.size, entropy).reshape(threshold - 1, constants.size)
     coefficients = np.concatenate([constants[None, :], random]).astype(np.float64)
-    values = np.mod(_vandermonde(tuple(points), threshold) @ coefficients, PRIME).astype(_WIRE)
-    rows = values.reshape(len(points), len(secrets), LIMBS)
-    return [[share.tobytes() for share in row] for row in rows]
+    values = (_vandermonde(tuple(points), threshold) @ coefficients).astype(np.int64) % PRIME
+    content = values.astype(_WIRE).tobytes()
+    cuts = range(0, len(content), SHARE_BYTES)
+    shares = [content[at : at + SHARE_BYTES] for at in cuts]
+    return [shares[row : row + len(secrets)] for row in range(0, len(shares), len(secrets))]
 
 
 def parse_shares(contents: Sequence[bytes]) -> Limbs:
@@ -147,10 +149,13 @@ def _uniform_below_prime(count: int, entropy: Callable[[int], bytes]) -> Limbs:
 
 
 def _vandermonde(points: tuple[int, ...], threshold: int) -> Matrix:
-    base = np.array(points, np.int64)
+    """Return the powers 0 to t - 1 of every point, a row each; as many again with every product."""
     matrix = np.ones((threshold, len(points)), np.int64)
-    for power in range(1, threshold):
-        matrix[power] = matrix[power - 1] * base % PRIME
+    known, factor = 1, np.array(points, np.int64)
+    while known < threshold:
+        more = min(known, threshold - known)
+        matrix[known : known + more] = matrix[:more] * factor % PRIME
+        known, factor = known + more, factor * factor % PRIME
     return matrix.T.astype(np.float64)
 
 

@@ -6,6 +6,7 @@ MessagePack. Integers are little-endian. `docs/SPEC.md` states the same layouts.
 
 from __future__ import annotations
 
+import hashlib
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -72,11 +73,12 @@ def merkle_root(leaves: Sequence[bytes]) -> bytes:
     The session id also holds the number of leaves, so no two rosters share a root and a session.
     """
     level = list(leaves)
-    # One bytes template instead of label_prefixed per pair: a large roster has thousands of them.
+    # No label_prefixed and no other call per pair: a large roster has thousands of them.
+    sha256 = hashlib.sha256
     before, between = label_prefixed(labels.MERKLE_INNER) + _LENGTH(DIGEST_BYTES), _LENGTH(DIGEST_BYTES)
     while len(level) > 1:
         pairs = zip(level[::2], level[1::2], strict=False)
-        paired = [digest_of(before + left + between + right) for left, right in pairs]
+        paired = [sha256(before + left + between + right).digest() for left, right in pairs]
         level = paired + level[len(paired) * 2 :]
     return level[0]
 
@@ -123,4 +125,7 @@ def _hash(label: bytes, *fields: bytes) -> bytes:
 
 def label_prefixed(label: bytes, *fields: bytes) -> bytes:
     """Return `label` and `fields`, each with its length in front as uint32 little-endian: one reading only."""
-    return b"".join([piece for part in (label, *fields) for piece in (_LENGTH(len(part)), part)])
+    pieces: list[bytes] = []
+    for part in (label, *fields):
+        pieces += (_LENGTH(len(part)), part)
+    return b"".join(pieces)

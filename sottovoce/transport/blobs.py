@@ -235,7 +235,7 @@ class BlobFetcher:
     def _finish(self, assembly: Assembly) -> list[FetchEffect]:
         result: Fetched | Failed
         try:
-            result = Fetched(assembly.ref, bytes(assembly.content()))
+            result = Fetched(assembly.ref, assembly.content())
         except BadBlob as error:
             result = Failed(assembly.ref, str(error))
         return [result, *self._close(assembly.ref.digest)]

@@ -8,6 +8,7 @@ Both have bounded memory, and both take chunks in any order, repeated or not.
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import TypeAlias
 
 import msgspec
 
@@ -21,6 +22,10 @@ MIN_FRAGMENT_BYTES = 1024
 """Every fragment but the last carries at least this much, so that few bytes never cost many objects."""
 
 
+Chunk: TypeAlias = bytes | memoryview
+"""Part of something larger; a view if it lies in the message that it came in."""
+
+
 class VectorChunk(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """One chunk of a masked vector; verified against the digests in the signed MaskedInput.
 
@@ -32,7 +37,15 @@ class VectorChunk(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_f
 
     session: bytes
     index: int
-    content: bytes
+    content: Chunk
+
+
+class _ReceivedChunk(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """The same as it is decoded: the content stays in the payload, uncopied."""
+
+    session: bytes
+    index: int
+    content: memoryview
 
 
 class _Fragment(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="f"):
@@ -55,7 +68,7 @@ class _Fragment(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fie
         )
 
 
-_VECTOR_CHUNK = msgspec.msgpack.Decoder(VectorChunk)
+_VECTOR_CHUNK = msgspec.msgpack.Decoder(_ReceivedChunk)
 _FRAGMENT = msgspec.msgpack.Decoder(_Fragment)
 _FRAGMENT_OVERHEAD = 64
 _MAX_CHUNK_MESSAGE_BYTES = MAX_CHUNK_BYTES + 1024
@@ -69,7 +82,7 @@ def encode_vector_chunk(chunk: VectorChunk) -> bytes:
 
 
 def decode_vector_chunk(payload: bytes) -> VectorChunk:
-    """Return the vector chunk in `payload`.
+    """Return the vector chunk in `payload`; its content is a view of it.
 
     Raises:
         MalformedMessage: It is not one, or it is longer than any chunk may be.
@@ -77,43 +90,45 @@ def decode_vector_chunk(payload: bytes) -> VectorChunk:
     if len(payload) > _MAX_CHUNK_MESSAGE_BYTES:
         raise MalformedMessage(f"{len(payload)} bytes are more than a chunk may have")
     try:
-        return _VECTOR_CHUNK.decode(payload)
+        received = _VECTOR_CHUNK.decode(payload)
     except _UNDECODABLE as error:
         raise MalformedMessage(f"not a chunk of a masked vector: {error}") from error
+    return VectorChunk(received.session, received.index, received.content)
 
 
 class Assembly:
-    """A blob or vector being put together in one buffer of its exact size; every chunk is verified as it comes.
+    """A blob or vector being put together; every chunk is verified as it comes, and kept as it came.
 
     Attributes:
         ref: What is being assembled.
     """
 
     def __init__(self, ref: BlobRef, *, max_bytes: int = MAX_ASSEMBLY_BYTES) -> None:
-        """Allocate the buffer.
+        """Begin with every chunk missing.
 
         Args:
             ref: What is to be assembled, from something signed.
             max_bytes: The largest size the caller can afford.
 
         Raises:
-            BadBlob: The blob is larger than `max_bytes`; nothing has been allocated.
+            BadBlob: The blob is larger than `max_bytes`.
         """
         if ref.size > max_bytes:
             raise BadBlob(f"blob {ref.digest.hex()[:12]} of {ref.size} bytes is larger than the {max_bytes} allowed")
         self.ref = ref
-        self._buffer = bytearray(ref.size)
+        self._chunks: dict[int, Chunk] = {}
         self._missing = set(range(ref.chunk_count))
 
-    def add(self, index: int, chunk: bytes) -> bool:
+    def add(self, index: int, chunk: Chunk) -> bool:
         """Put chunk `index` in its place; return whether the whole is now complete. Repeats change nothing.
 
         Raises:
             BadBlob: The chunk is not chunk `index` of this blob.
         """
         if index in self._missing or not 0 <= index < self.ref.chunk_count:
-            self.ref.verify_chunk(index, chunk)
-            self._buffer[self.ref.chunk_slice(index)] = chunk
+            kept = _kept(chunk)
+            self.ref.verify_chunk(index, kept)
+            self._chunks[index] = kept
             self._missing.discard(index)
         return self.complete
 
@@ -139,16 +154,48 @@ class Assembly:
                 bits[index // 8] |= 1 << (index % 8)
         return bytes(bits)
 
-    def content(self) -> bytearray:
-        """Return the complete content, verified against the digest of the whole; the buffer itself, not a copy.
+    def chunks(self) -> list[Chunk]:
+        """Return all chunks, in order.
+
+        Every byte has been verified against `ref`: its size, chunk size and chunk digests leave only one content. The
+        digest of the whole, by which a blob is *named*, has not been: see `content`.
+
+        Raises:
+            BadBlob: A chunk is missing.
+        """
+        if not self.complete:
+            raise BadBlob(f"{len(self._missing)} chunks are missing")
+        return [self._chunks[index] for index in range(self.ref.chunk_count)]
+
+    def content(self) -> bytes:
+        """Return what the chunks make up, verified against the digest of the whole, too.
 
         Raises:
             BadBlob: A chunk is missing, or the whole does not match.
         """
-        if not self.complete:
-            raise BadBlob(f"{len(self._missing)} chunks are missing")
-        self.ref.verify(self._buffer)
-        return self._buffer
+        content = b"".join(self.chunks())
+        self.ref.verify(content)
+        return content
+
+
+def _kept(chunk: Chunk) -> Chunk:
+    """Return `chunk` itself, unless it could change later, or is so short that the message around it outweighs it."""
+    with memoryview(chunk) as view:
+        return chunk if view.readonly and view.nbytes >= MIN_FRAGMENT_BYTES else bytes(view)
+
+
+def assemble(ref: BlobRef, content: bytes | bytearray | memoryview) -> Assembly:
+    """Return the complete assembly of a `content` that is at hand already.
+
+    Raises:
+        BadBlob: It has another length than `ref` says, or a chunk of it is not that of `ref`.
+    """
+    if len(content) != ref.size:
+        raise BadBlob(f"{len(content)} bytes where blob {ref.digest.hex()[:12]} has {ref.size}")
+    assembly, view = Assembly(ref, max_bytes=ref.size), memoryview(content)
+    for index in range(ref.chunk_count):
+        assembly.add(index, view[ref.chunk_slice(index)])
+    return assembly
 
 
 def missing_in_bitmap(bitmap: bytes, chunk_count: int) -> list[int]:

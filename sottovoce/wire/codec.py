@@ -111,7 +111,7 @@ def parse(payload: bytes | memoryview, *, max_bytes: int = MAX_MESSAGE_BYTES) ->
         envelope = _ENVELOPE.decode(payload)
     except (msgspec.ValidationError, msgspec.DecodeError, UnicodeDecodeError) as error:
         raise MalformedMessage(f"not an envelope: {error}") from error
-    names_fit = all(NAME.fullmatch(text) for text in (envelope.sender, envelope.recipient, envelope.fleet))
+    names_fit = all(map(NAME.fullmatch, (envelope.sender, envelope.recipient, envelope.fleet)))
     numbers_fit = 0 <= envelope.round < 2**63 and 0 <= envelope.attempt < 2**31
     lengths_fit = (len(envelope.session), len(envelope.fingerprint), len(envelope.signature)) == (
         32,
@@ -150,6 +150,24 @@ def open_envelope(envelope: Envelope, certificate: Certificate, payload: bytes =
         MalformedMessage: Sender, fleet or fingerprint are not the certificate's, the role may not send such a message,
             or the body does not parse.
     """
+    context, content = signed_content(envelope, certificate)
+    certificate.verify(envelope.signature, content)
+    return Opened(parse_body(envelope, _BODIES[envelope.name]), certificate, context, payload)
+
+
+def signed_content(envelope: Envelope, certificate: Certificate) -> tuple[SignedContext, bytes]:
+    """Return what the signature of `envelope` must be bound to and must be over; the signature is NOT verified.
+
+    For a body that had to be parsed first, to find the certificate that it carries itself.
+
+    Args:
+        envelope: As parsed.
+        certificate: The sender's certificate, already verified against the fleet CA.
+
+    Raises:
+        MalformedMessage: Sender, fleet or fingerprint are not the certificate's, or the role may not send such a
+            message.
+    """
     if (envelope.sender, envelope.fleet, envelope.fingerprint) != (
         certificate.name,
         certificate.fleet,
@@ -160,6 +178,5 @@ def open_envelope(envelope: Envelope, certificate: Certificate, payload: bytes =
     if kind not in (DEVICE_MESSAGES if certificate.role == "device" else COORDINATOR_MESSAGES):
         raise MalformedMessage(f"a {certificate.role} may not send {envelope.name}")
     body_digest = hashlib.sha256(envelope.body).digest()
-    content = signed_bytes(envelope.name, envelope.context, envelope.fingerprint, body_digest)
-    certificate.verify(envelope.signature, content)
-    return Opened(parse_body(envelope, kind), certificate, envelope.context, payload)
+    context = envelope.context
+    return context, signed_bytes(envelope.name, context, envelope.fingerprint, body_digest)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import json
+import random
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -15,35 +17,59 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from coordinator.events import EventLog
+from coordinator.journal import Journal
 from coordinator.phases import Abandoned, Agenda, Committed, Effect, Send, Terms
 from coordinator.presence import Presence
 from coordinator.round import Round
+from coordinator.sequence import Setup
+from coordinator.service import Service
+from coordinator.settings import UploadSettings
+from coordinator.task import read_task
 from sottovoce.authority import create_authority, sign_request
 from sottovoce.bundle import FORMAT, Bundle, Port, Result, Role, SelfTest, encode_bundle
 from sottovoce.errors import CryptoError, RemoteProtocolError
 from sottovoce.identity import Identity, SignedContext, TrustAnchor, new_key, signing_request
 from sottovoce.identity import Role as CertifiedRole
-from sottovoce.plan import Aggregation, Counted, LocalWork, Plan, PrivacyTerms, Quantised, blob_ref
+from sottovoce.language.ports import RoundRequest
+from sottovoce.plan import (
+    Aggregation,
+    Counted,
+    LocalWork,
+    Plan,
+    PrivacyTerms,
+    Quantised,
+    blob_ref,
+    decode_plan,
+    digest_of,
+)
 from sottovoce.secagg.client import ClientSession, ClientTerms
 from sottovoce.secagg.lanes import encode, layout_of
-from sottovoce.tensors import encode_tensors
+from sottovoce.tensors import decode_tensors, encode_tensors
+from sottovoce.transport.base import Delivery
+from sottovoce.transport.blobs import BlobFetcher, Fetched, Subscribe, Unsubscribe
+from sottovoce.transport.memory import MemoryBroker, MemoryTransport
 from sottovoce.types import Array, TensorType
-from sottovoce.wire.chunks import VectorChunk, missing_in_bitmap
-from sottovoce.wire.codec import Opened, open_envelope, parse, seal
+from sottovoce.wire.chunks import VectorChunk, encode_vector_chunk, missing_in_bitmap
+from sottovoce.wire.codec import ALL, Opened, open_envelope, parse, seal
 from sottovoce.wire.messages import (
     AdvertiseKeysRequest,
+    Announcement,
     CheckIn,
     MaskedInputRequest,
     Message,
     NotSelected,
+    Outcome,
     Ready,
     Roster,
     RoundOver,
     Selected,
+    Status,
     SurvivorsRequest,
     UnmaskingRequest,
     UploadSlot,
 )
+from sottovoce.wire.topics import NO_ROUTE, Topics
 
 FLEET, COORDINATOR = "choir", "coordinator"
 AT = datetime.datetime(2026, 12, 1, tzinfo=datetime.UTC)
@@ -459,3 +485,205 @@ def scripted(choir: Choir) -> Callable[..., ScriptedDevice]:
         return ScriptedDevice(choir.devices[name], choir, plan, values, weight=4, state=state_digest)
 
     return make
+
+
+def make_request(bundle: bytes, *, key: str = "", broadcast: float | None = None, **changed: Any) -> RoundRequest:
+    """A round that sums what the moments bundle gives."""
+    aggregations = (
+        Aggregation(name="count", tensors=("int32[1]",), encoding=Counted(maximum=1000)),
+        Aggregation(name="sum", tensors=("float32[3]",), encoding=Quantised(half_range=100.0, bits=40), lane="uint64"),
+    )
+    tensors = {} if broadcast is None else {"threshold": np.array([broadcast], np.float32)}
+    parts: dict[str, Any] = {
+        "key": key,
+        "name": "mean_temperature",
+        "purpose": "to know how warm it is",
+        "collection": "temperature",
+        "bundle": bundle,
+        "work": LocalWork(batch_size=1, max_examples=1, order="stored"),
+        "aggregations": aggregations,
+        "weight_cap": 10,
+        "broadcast": encode_tensors(tensors),
+    }
+    return RoundRequest(**{**parts, **changed})
+
+
+@pytest.fixture
+def request_of(moments_bundle: bytes) -> Callable[..., RoundRequest]:
+    """Makes a request for the sums of the moments bundle."""
+
+    def make(key: str = "", **changed: Any) -> RoundRequest:
+        return make_request(**{"bundle": moments_bundle, "key": key, **changed})
+
+    return make
+
+
+# --- a whole coordinator over the memory broker ----------------------------------------------------------------------
+
+
+class Player:
+    """A scripted device on the broker: fetches plan and state, then lets `ScriptedDevice` speak."""
+
+    def __init__(self, broker: MemoryBroker, choir: Any, name: str, scripted: Callable[..., Any]) -> None:
+        self.identity = choir.devices[name]
+        self.name = name
+        self.choir = choir
+        self.topics = Topics(choir.anchor.fleet)
+        self.transport = MemoryTransport(broker, name)
+        self.fetcher = BlobFetcher(self.topics)
+        self.scripted = scripted
+        self.device: Any = None
+        self.announcement: tuple[Announcement, SignedContext, bytes] | None = None
+        self.blobs: dict[bytes, bytes] = {}
+        self.outcomes: list[Outcome] = []
+        self.announced: list[tuple[int, int]] = []
+        self.silent_at: type[Message] | None = None
+        self.silent = False
+        self.note: Callable[[], object] = lambda: None
+        for topic in (self.topics.round(), self.topics.outcome(), self.topics.down(name)):
+            self.transport.subscribe(topic)
+        self.say_status(online=True)
+
+    def say_status(self, *, online: bool) -> None:
+        context = SignedContext(self.name, ALL, self.topics.fleet)
+        payload = seal(Status(online=online, version="test"), self.identity, context)
+        self.transport.publish(self.topics.status(self.name), payload, retain=True)
+
+    def step(self) -> bool:
+        self.note()
+        event = self.transport.receive(0)
+        if not isinstance(event, Delivery):
+            return event is not None
+        if event.topic.startswith(self.topics.round().rsplit("/", 1)[0] + "/blob/"):
+            self._fetch(self.fetcher.receive(event.topic, event.payload))
+            return True
+        envelope = parse(event.payload)
+        coordinator = self.choir.coordinator.certificate
+        opened = open_envelope(envelope, coordinator)
+        match opened.message:
+            case Announcement() as announcement:
+                self.announcement = announcement, opened.context, digest_of(event.payload)
+                self.announced.append((opened.context.round, opened.context.attempt))
+                self._fetch(self.fetcher.want(announcement.plan) + self.fetcher.want(announcement.state))
+                self._check_in()
+            case Outcome() as outcome:
+                self.outcomes.append(outcome)
+            case message if self.device is not None and not self.silent:
+                for answer, session in self.device.receive(message, opened.context):
+                    self.say(answer, session)
+        return True
+
+    def _fetch(self, effects: Any) -> None:
+        for effect in effects:
+            match effect:
+                case Subscribe(topic_filter=topic_filter):
+                    self.transport.subscribe(topic_filter)
+                case Unsubscribe(topic_filter=topic_filter):
+                    self.transport.unsubscribe(topic_filter)
+                case Fetched(ref=ref, content=content):
+                    self.blobs[ref.digest] = content
+                    self._check_in()
+
+    def _check_in(self) -> None:
+        assert self.announcement is not None
+        announcement, _, digest = self.announcement
+        if self.silent or not {announcement.plan.digest, announcement.state.digest} <= self.blobs.keys():
+            return
+        plan = decode_plan(self.blobs[announcement.plan.digest])
+        state = decode_tensors(self.blobs[announcement.state.digest])
+        self.device = self.scripted(self.name, plan, announcement.state.digest, state)
+        self.device.silent_at = self.silent_at
+        self.say(self.device.check_in(digest), bytes(32))
+
+    def say(self, message: Any, session: bytes = bytes(32), **changed: Any) -> None:
+        assert self.announcement is not None
+        _, context, _ = self.announcement
+        if isinstance(message, VectorChunk):
+            self.transport.publish(self.topics.up_chunk(self.name, "1"), encode_vector_chunk(message))
+            return
+        where = {"round": context.round, "attempt": context.attempt, "session": session, **changed}
+        signed = SignedContext(self.name, context.sender, context.fleet, **where)
+        self.transport.publish(self.topics.up_message(self.name, NO_ROUTE), seal(message, self.identity, signed))
+
+
+@dataclass
+class Stage:
+    """A broker, a coordinator and players, driven by one hand."""
+
+    choir: Any
+    folder: Path
+    scripted: Callable[..., Any]
+    broker: MemoryBroker
+    now_ms: int
+    players: list[Player] = field(default_factory=list)
+    service: Service | None = None
+    journal: Journal | None = None
+
+    def start(self, *, journal: Journal | None = None, **setup: Any) -> None:
+        self.journal = journal or Journal(self.folder / "journal.sqlite")
+        parts = {
+            "identity": self.choir.coordinator,
+            "anchor": self.choir.anchor,
+            "chunk_bytes": 1024,
+            "uploads": UploadSettings(),
+            "entropy": random.Random(1).randbytes,
+        }
+        self.transport = MemoryTransport(self.broker, "coordinator")
+        events = EventLog((self.folder / "events.jsonl").open("a", encoding="utf-8"))
+        self.events_log = events
+        self.service = Service(
+            Setup(**{**parts, **setup}), journal=self.journal, transport=self.transport, events=events
+        )
+        self.service.start(self.now_ms)
+
+    def crash(self) -> None:
+        """The process is gone: no goodbye, nothing flushed."""
+        assert self.journal is not None
+        self.journal.close()
+        self.events_log.close()
+        self.transport.close()
+        self.service = None
+
+    def settle(self) -> None:
+        """Let everybody speak until nobody has anything to say."""
+        assert self.service is not None
+        busy = True
+        while busy:
+            self.service.step(self.now_ms, 0)
+            moved = [player.step() for player in self.players]
+            busy = any(moved) or self.broker.queued() > 0
+
+    def run(self, seconds: float, *, step_ms: int = 500, until: Callable[[], bool] = lambda: False) -> None:
+        """Let time pass in steps, everybody speaking in between."""
+        end_ms = self.now_ms + round(1000 * seconds)
+        self.settle()
+        while self.now_ms < end_ms and not until():
+            self.now_ms += step_ms
+            self.settle()
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.folder / "events.jsonl").read_text().splitlines()]
+
+    def submit(self, name: str) -> None:
+        text = (self.folder / f"{name}.toml").read_text()
+        task = read_task(text)
+        moments = (self.folder / task.standardise.bundle).read_bytes() if task.standardise else None
+        with Journal(self.folder / "journal.sqlite") as journal:
+            bundle = (self.folder / task.bundle).read_bytes()
+            journal.submit(task.name, text, purpose=task.purpose, bundle=bundle, moments=moments, now_ms=self.now_ms)
+
+    def done(self) -> bool:
+        assert self.journal is not None
+        return all(task.status not in ("queued", "running") for task in self.journal.tasks())
+
+
+@pytest.fixture
+def stage(choir: Any, task_folder: Path, scripted: Callable[..., Any]) -> Any:
+    """A stage with five players, nothing started."""
+    broker = MemoryBroker(random.Random(3))
+    made = Stage(choir, task_folder, scripted, broker, now_ms=1_796_083_200_000)
+    made.players = [Player(broker, choir, name, scripted) for name in choir.names(5)]
+    yield made
+    if made.service is not None:
+        made.crash()

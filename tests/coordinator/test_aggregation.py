@@ -45,7 +45,9 @@ def test_a_vector_comes_out_whole_in_any_order_of_chunks_and_its_slot_is_free() 
     progress = slots.progress("a")
     assert progress is not None
     assert (progress.received, progress.complete) == (b"\x05", False)
-    assert slots.add_chunk("a", 1, CHUNKS[1], 3) == VECTOR
+    upload = slots.add_chunk("a", 1, CHUNKS[1], 3)
+    assert upload is not None
+    assert (upload.ref, upload.content()) == (REF, VECTOR)
     progress = slots.progress("a")
     assert progress is not None
     assert (progress.received, progress.complete) == (b"\x07", True)
@@ -68,8 +70,9 @@ def test_a_chunk_that_does_not_match_is_refused_and_the_right_one_still_fits() -
         with pytest.raises(BadBlob):
             slots.add_chunk("a", index, content, 0)
     for index, content in enumerate(CHUNKS):
-        whole = slots.add_chunk("a", index, content, 0)
-    assert whole == VECTOR
+        upload = slots.add_chunk("a", index, content, 0)
+    assert upload is not None
+    assert upload.content() == VECTOR
 
 
 def test_an_idle_slot_is_taken_back_only_while_others_wait() -> None:
@@ -96,6 +99,21 @@ def test_a_disconnected_device_makes_room_and_connected_ones_go_first() -> None:
     assert slots.grant(0, offline=lambda device: device == "a") == ["b"]
     assert slots.reclaim(0, offline=lambda device: device == "b") == ["b"]
     assert slots.grant(0, offline=lambda device: device in "ab") == ["c"]
+
+
+def test_a_long_queue_is_not_searched_for_every_slot() -> None:
+    asked: list[str] = []
+
+    def offline(device: str) -> bool:
+        asked.append(device)
+        return device == "pi-0"
+
+    slots = _slots(*(f"pi-{index}" for index in range(5000)))
+    assert slots.grant(0, offline=offline) == ["pi-1", "pi-2"]
+    assert slots.grant(0, offline=offline) == []
+    assert slots.reclaim(0, offline=offline) == []
+    assert slots.reclaim(1000, offline=offline) == ["pi-1", "pi-2"]
+    assert len(asked) < 20
 
 
 def test_no_more_slots_are_taken_back_than_others_can_use() -> None:

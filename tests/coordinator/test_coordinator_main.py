@@ -17,10 +17,14 @@ import pytest
 
 from coordinator.__main__ import main
 from coordinator.journal import Journal
-from coordinator.journal_rows import Ending, Opening, Traffic
-from coordinator.settings import read_settings
+from coordinator.journal_rows import Ending, Opening, Result, Traffic
+from coordinator.requests import encode_sums
+from coordinator.settings import lock_file, read_settings
+from coordinator.terms import CohortTerms, RoundTerms
 from sottovoce.authority import create_authority, sign_request
 from sottovoce.bundle import decode_bundle
+from sottovoce.file_lock import FileLock, is_held
+from sottovoce.language.ports import RoundRequest, RoundSums
 from sottovoce.plan import digest_of
 from sottovoce.tensors import decode_tensors, encode_tensors
 
@@ -184,7 +188,7 @@ def _commit(home: Path, *, rounds: int, released: dict[str, Any] | None = None) 
         bundle = journal.blob(task.bundle)
         assert bundle is not None
         initial = decode_tensors(decode_bundle(bundle).initial)
-        journal.begin_task(task.id, encode_tensors(initial))
+        journal.begin_task(task.id, state=encode_tensors(initial), broadcast=encode_tensors(initial))
         for position in range(rounds):
             trained = {**initial, **({"kernel": initial["kernel"] + position + 1} if initial else {})}
             opening = Opening(task.id, position, position + 1, 0, task.name, b"plan", b"state", started_ms=1)
@@ -192,7 +196,9 @@ def _commit(home: Path, *, rounds: int, released: dict[str, Any] | None = None) 
             row = journal.open_round(opening, digest=digest, previous=bytes(32), envelope=b"")
             ending = Ending(["pi-1"], ["pi-1"], {"training": ["pi-2"]}, Traffic(), 2)
             sums = encode_tensors(released) if released else None
-            journal.commit_round(row, ending, metrics={"loss": 0.25}, state=encode_tensors(trained), released=sums)
+            model = encode_tensors(trained)
+            result = Result(state=model + b"moments", broadcast=model, metrics={"loss": 0.25}, released=sums)
+            journal.commit_round(row, ending, result)
 
 
 def test_the_model_of_any_round_comes_out_as_a_bundle(home: Path, task_folder: Path, run: Run, tmp_path: Path) -> None:
@@ -232,6 +238,47 @@ def test_released_sums_come_out_as_npz(home: Path, task_folder: Path, run: Run, 
         assert list(sums["sum"]) == [1.0, 2.0, 3.0]
 
 
+def test_a_request_is_shown_given_out_and_taken_out_like_a_task(
+    home: Path, run: Run, request_of: Callable[..., RoundRequest], tmp_path: Path
+) -> None:
+    config, out = home / "coordinator.toml", tmp_path / "sums.npz"
+    terms = RoundTerms(cohort=CohortTerms(goal=5, minimum=4))
+    with Journal(home / "journal.sqlite") as journal:
+        first, second = (journal.ask(request_of(), terms, deadline_ms=10**15, now_ms=1) for _ in range(2))
+        request = request_of()
+        journal.begin_task(first, state=request.broadcast, broadcast=request.broadcast)
+        opening = Opening(first, 0, 1, 0, request.name, b"plan", b"state", started_ms=1)
+        row = journal.open_round(opening, digest=bytes(32), previous=bytes(32), envelope=b"")
+        sums = RoundSums(
+            sums={"count": [np.array([7.0])], "two": [np.zeros(2), np.ones(1)]},
+            weight=9,
+            survivors=4,
+            clamped=0,
+            round=1,
+        )
+        result = Result(state=b"state", broadcast=b"state", sums=encode_sums(sums))
+        journal.commit_round(row, Ending(["pi-1"], ["pi-1"], {}, Traffic(), 2), result)
+    code, printed, _ = run("status", "--json", "--config", config)
+    assert [
+        (task["kind"], task["name"], task["purpose"], task["status"], task["number"])
+        for task in json.loads(printed)["tasks"]
+    ] == [
+        ("request", "mean_temperature", "to know how warm it is", "done", first),
+        ("request", "mean_temperature", "to know how warm it is", "queued", second),
+    ]
+    code, printed, _ = run("status", "--config", config)
+    assert code == 0
+    assert "mean_temp" in printed
+    assert run("model", "get", "--out", out, "--task", first, "--config", config)[0] == 0
+    with np.load(out, allow_pickle=False) as written:
+        assert {name: list(written[name]) for name in written} == {"count": [7.0], "two.0": [0, 0], "two.1": [1]}
+    code, printed, _ = run("cancel", second, "--config", config)
+    assert f"Request {second} (mean_temperature) is cancelled" in printed
+    with Journal(home / "journal.sqlite") as journal:
+        assert journal.answer(second).reason == "cancelled: by the coordinator's operator"
+    assert run("cancel", second, "--config", config)[0] == 2
+
+
 # --- a real process ---------------------------------------------------------------------------------------------------
 
 
@@ -263,6 +310,30 @@ def test_it_runs_without_the_ca_key_and_without_a_broker_and_stops_in_order(
     text = log.read_text()
     assert "the coordinator has stopped" in text
     assert "Traceback" not in text
+
+
+def test_a_journal_has_one_coordinator(home: Path, run: Run) -> None:
+    lock = FileLock.take(lock_file(home / "journal.sqlite"))
+    assert lock is not None
+    with lock:
+        code, _, err = run("run", "--config", home / "coordinator.toml", "--once")
+    assert code == 2
+    assert "a coordinator is running on" in err
+
+
+def test_who_looks_whether_a_coordinator_is_running_does_not_keep_one_from_starting(home: Path) -> None:
+    settings, lock = home / "coordinator.toml", lock_file(home / "journal.sqlite")
+    settings.write_text(settings.read_text().replace("port = 1883", "port = 1"))
+    lock.touch()
+    command = [sys.executable, "-m", "coordinator", "run", "--config", str(settings)]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    try:
+        _wait_for(lambda: is_held(lock))  # Looking holds the lock itself, again and again.
+        assert process.poll() is None
+    finally:
+        process.kill()
+        process.wait()
+    assert not is_held(lock), "however a process ends, its lock ends with it"
 
 
 def test_once_ends_by_itself_when_there_is_nothing_to_do(home: Path) -> None:

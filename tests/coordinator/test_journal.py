@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from coordinator.journal import Journal
-from coordinator.journal_rows import Ending, Opening, Traffic
+from coordinator.journal_rows import Ending, Opening, Result, TaskRow, Traffic
 from sottovoce.errors import ConfigError
 from sottovoce.plan import digest_of
 
@@ -25,9 +25,13 @@ def journal(tmp_path: Path) -> Iterator[Journal]:
         yield opened
 
 
+def first_due(journal: Journal) -> TaskRow | None:
+    return next(iter(journal.due_tasks()), None)
+
+
 def _task(journal: Journal, name: str = "digits") -> int:
-    number = journal.submit(name, "toml", bundle=b"bundle", moments=None, now_ms=1)
-    journal.begin_task(number, b"state 0")
+    number = journal.submit(name, "toml", purpose="", bundle=b"bundle", moments=None, now_ms=1)
+    journal.begin_task(number, state=b"state 0", broadcast=b"state 0")
     return number
 
 
@@ -39,18 +43,20 @@ def _round(journal: Journal, task: int, *, position: int = 0, state: bytes = b"s
 
 
 def test_tasks_run_one_after_the_other_in_the_order_of_submission(journal: Journal) -> None:
-    first, second = (journal.submit(name, "toml", bundle=b"b", moments=b"m", now_ms=1) for name in ("a", "b"))
-    assert (task := journal.next_task()) is not None
+    first, second = (
+        journal.submit(name, "toml", purpose="", bundle=b"b", moments=b"m", now_ms=1) for name in ("a", "b")
+    )
+    assert (task := first_due(journal)) is not None
     assert task.id == first
     assert task.moments == digest_of(b"m")
-    journal.begin_task(first, b"state")
-    assert (task := journal.next_task()) is not None
+    journal.begin_task(first, state=b"state", broadcast=b"state")
+    assert (task := first_due(journal)) is not None
     assert (task.id, task.status) == (first, "running")
     journal.end_task(first, "done")
-    assert (task := journal.next_task()) is not None
+    assert (task := first_due(journal)) is not None
     assert task.id == second
     journal.end_task(second, "failed", "because")
-    assert journal.next_task() is None
+    assert first_due(journal) is None
     journal.end_task(second, "done")
     assert [(task.status, task.reason) for task in journal.tasks()] == [("done", ""), ("failed", "because")]
 
@@ -58,7 +64,7 @@ def test_tasks_run_one_after_the_other_in_the_order_of_submission(journal: Journ
 def test_a_name_may_be_used_again_once_its_task_has_ended(journal: Journal) -> None:
     number = _task(journal)
     with pytest.raises(ConfigError, match="a task named 'digits' is already running"):
-        journal.submit("digits", "toml", bundle=b"b", moments=None, now_ms=1)
+        journal.submit("digits", "toml", purpose="", bundle=b"b", moments=None, now_ms=1)
     journal.end_task(number, "cancelled")
     assert _task(journal) != number
 
@@ -69,7 +75,9 @@ def test_a_committed_round_brings_its_state_and_the_next_number(journal: Journal
     row = _round(journal, task)
     assert [each.phase for each in journal.open_rounds()] == ["selection"]
     journal.set_phase(row, "configuration", ["pi-2", "pi-1"])
-    journal.commit_round(row, ENDING, metrics={"loss": 0.5}, state=b"state 1", released=None)
+    journal.commit_round(
+        row, ENDING, Result(state=b"state 1", broadcast=b"state 1", metrics={"loss": 0.5}, released=None)
+    )
     assert journal.open_rounds() == []
     assert journal.next_number() == (2, 0)
     (committed,) = journal.rounds()
@@ -96,10 +104,12 @@ def test_an_abandoned_round_is_tried_again_under_the_same_number(journal: Journa
 
 def test_a_commit_that_fails_half_way_leaves_nothing(journal: Journal) -> None:
     task = _task(journal)
-    journal.commit_round(_round(journal, task), ENDING, metrics={}, state=b"state 1", released=None)
+    journal.commit_round(
+        _round(journal, task), ENDING, Result(state=b"state 1", broadcast=b"state 1", metrics={}, released=None)
+    )
     row = _round(journal, task)  # the same position again: its state exists already, so committing it must fail
     with pytest.raises(sqlite3.IntegrityError):
-        journal.commit_round(row, ENDING, metrics={}, state=b"another", released=None)
+        journal.commit_round(row, ENDING, Result(state=b"another", broadcast=b"another", metrics={}, released=None))
     assert [each.id for each in journal.open_rounds()] == [row]
     assert journal.state(digest_of(b"another")) is None
 
@@ -130,7 +140,7 @@ def test_another_process_reads_while_the_coordinator_writes(journal: Journal, tm
     row = _round(journal, task)
     with Journal.open_read_only(tmp_path / "journal.sqlite") as reader:
         assert [each.phase for each in reader.rounds()] == ["selection"]
-        journal.commit_round(row, ENDING, metrics={}, state=b"state 1", released=b"sums")
+        journal.commit_round(row, ENDING, Result(state=b"state 1", broadcast=b"state 1", metrics={}, released=b"sums"))
         assert [each.phase for each in reader.rounds()] == ["committed"]
         assert reader.state_at(task, 1) == (b"state 1", b"sums")
         with pytest.raises(sqlite3.OperationalError):

@@ -4,218 +4,36 @@ from __future__ import annotations
 
 import gc
 import itertools
-import json
 import logging
 import random
 import struct
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 
-from coordinator.events import EventLog
 from coordinator.journal import Journal
-from coordinator.sequence import Setup
-from coordinator.service import Service
-from coordinator.settings import UploadSettings
-from coordinator.task import read_task
 from sottovoce.errors import LowOrderPoint
 from sottovoce.identity import SignedContext
-from sottovoce.plan import Plan, decode_plan, digest_of
-from sottovoce.tensors import decode_tensors
-from sottovoce.transport.base import Delivery
-from sottovoce.transport.blobs import BlobFetcher, Fetched, Subscribe, Unsubscribe
-from sottovoce.transport.memory import MemoryBroker, MemoryTransport
-from sottovoce.wire.chunks import VectorChunk, encode_vector_chunk
-from sottovoce.wire.codec import ALL, open_envelope, parse, parse_body, seal
+from sottovoce.plan import Plan, digest_of
+from sottovoce.tensors import decode_tensors, encode_tensors
+from sottovoce.transport.memory import MemoryTransport
+from sottovoce.wire.chunks import VectorChunk
+from sottovoce.wire.codec import parse, parse_body, seal
 from sottovoce.wire.messages import (
     Announcement,
     MaskedInputRequest,
-    Message,
-    Outcome,
     RoundOver,
     Selected,
-    Status,
     Withdraw,
 )
-from sottovoce.wire.topics import NO_ROUTE, Topics
+from sottovoce.wire.topics import Topics
 
 pytestmark = pytest.mark.filterwarnings("error")
 
 
-class Player:
-    """A scripted device on the broker: fetches plan and state, then lets `ScriptedDevice` speak."""
-
-    def __init__(self, broker: MemoryBroker, choir: Any, name: str, scripted: Callable[..., Any]) -> None:
-        self.identity = choir.devices[name]
-        self.name = name
-        self.choir = choir
-        self.topics = Topics(choir.anchor.fleet)
-        self.transport = MemoryTransport(broker, name)
-        self.fetcher = BlobFetcher(self.topics)
-        self.scripted = scripted
-        self.device: Any = None
-        self.announcement: tuple[Announcement, SignedContext, bytes] | None = None
-        self.blobs: dict[bytes, bytes] = {}
-        self.outcomes: list[Outcome] = []
-        self.announced: list[tuple[int, int]] = []
-        self.silent_at: type[Message] | None = None
-        self.silent = False
-        self.note: Callable[[], object] = lambda: None
-        for topic in (self.topics.round(), self.topics.outcome(), self.topics.down(name)):
-            self.transport.subscribe(topic)
-        self.say_status(online=True)
-
-    def say_status(self, *, online: bool) -> None:
-        context = SignedContext(self.name, ALL, self.topics.fleet)
-        payload = seal(Status(online=online, version="test"), self.identity, context)
-        self.transport.publish(self.topics.status(self.name), payload, retain=True)
-
-    def step(self) -> bool:
-        self.note()
-        event = self.transport.receive(0)
-        if not isinstance(event, Delivery):
-            return event is not None
-        if event.topic.startswith(self.topics.round().rsplit("/", 1)[0] + "/blob/"):
-            self._fetch(self.fetcher.receive(event.topic, event.payload))
-            return True
-        envelope = parse(event.payload)
-        coordinator = self.choir.coordinator.certificate
-        opened = open_envelope(envelope, coordinator)
-        match opened.message:
-            case Announcement() as announcement:
-                self.announcement = announcement, opened.context, digest_of(event.payload)
-                self.announced.append((opened.context.round, opened.context.attempt))
-                self._fetch(self.fetcher.want(announcement.plan) + self.fetcher.want(announcement.state))
-                self._check_in()
-            case Outcome() as outcome:
-                self.outcomes.append(outcome)
-            case message if self.device is not None and not self.silent:
-                for answer, session in self.device.receive(message, opened.context):
-                    self.say(answer, session)
-        return True
-
-    def _fetch(self, effects: Any) -> None:
-        for effect in effects:
-            match effect:
-                case Subscribe(topic_filter=topic_filter):
-                    self.transport.subscribe(topic_filter)
-                case Unsubscribe(topic_filter=topic_filter):
-                    self.transport.unsubscribe(topic_filter)
-                case Fetched(ref=ref, content=content):
-                    self.blobs[ref.digest] = content
-                    self._check_in()
-
-    def _check_in(self) -> None:
-        assert self.announcement is not None
-        announcement, _, digest = self.announcement
-        if self.silent or not {announcement.plan.digest, announcement.state.digest} <= self.blobs.keys():
-            return
-        plan = decode_plan(self.blobs[announcement.plan.digest])
-        state = decode_tensors(self.blobs[announcement.state.digest])
-        self.device = self.scripted(self.name, plan, announcement.state.digest, state)
-        self.device.silent_at = self.silent_at
-        self.say(self.device.check_in(digest), bytes(32))
-
-    def say(self, message: Any, session: bytes = bytes(32), **changed: Any) -> None:
-        assert self.announcement is not None
-        _, context, _ = self.announcement
-        if isinstance(message, VectorChunk):
-            self.transport.publish(self.topics.up_chunk(self.name, "1"), encode_vector_chunk(message))
-            return
-        where = {"round": context.round, "attempt": context.attempt, "session": session, **changed}
-        signed = SignedContext(self.name, context.sender, context.fleet, **where)
-        self.transport.publish(self.topics.up_message(self.name, NO_ROUTE), seal(message, self.identity, signed))
-
-
-@dataclass
-class Stage:
-    """A broker, a coordinator and players, driven by one hand."""
-
-    choir: Any
-    folder: Path
-    scripted: Callable[..., Any]
-    broker: MemoryBroker
-    now_ms: int
-    players: list[Player] = field(default_factory=list)
-    service: Service | None = None
-    journal: Journal | None = None
-
-    def start(self, **setup: Any) -> None:
-        self.journal = Journal(self.folder / "journal.sqlite")
-        parts = {
-            "identity": self.choir.coordinator,
-            "anchor": self.choir.anchor,
-            "chunk_bytes": 1024,
-            "uploads": UploadSettings(),
-            "entropy": random.Random(1).randbytes,
-        }
-        self.transport = MemoryTransport(self.broker, "coordinator")
-        events = EventLog((self.folder / "events.jsonl").open("a", encoding="utf-8"))
-        self.events_log = events
-        self.service = Service(
-            Setup(**{**parts, **setup}), journal=self.journal, transport=self.transport, events=events
-        )
-        self.service.start(self.now_ms)
-
-    def crash(self) -> None:
-        """The process is gone: no goodbye, nothing flushed."""
-        assert self.journal is not None
-        self.journal.close()
-        self.events_log.close()
-        self.transport.close()
-        self.service = None
-
-    def settle(self) -> None:
-        """Let everybody speak until nobody has anything to say."""
-        assert self.service is not None
-        busy = True
-        while busy:
-            self.service.step(self.now_ms, 0)
-            moved = [player.step() for player in self.players]
-            busy = any(moved) or self.broker.queued() > 0
-
-    def run(self, seconds: float, *, step_ms: int = 500, until: Callable[[], bool] = lambda: False) -> None:
-        """Let time pass in steps, everybody speaking in between."""
-        end_ms = self.now_ms + round(1000 * seconds)
-        self.settle()
-        while self.now_ms < end_ms and not until():
-            self.now_ms += step_ms
-            self.settle()
-
-    @property
-    def events(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.folder / "events.jsonl").read_text().splitlines()]
-
-    def submit(self, name: str) -> None:
-        text = (self.folder / f"{name}.toml").read_text()
-        task = read_task(text)
-        moments = (self.folder / task.standardise.bundle).read_bytes() if task.standardise else None
-        with Journal(self.folder / "journal.sqlite") as journal:
-            bundle = (self.folder / task.bundle).read_bytes()
-            journal.submit(task.name, text, bundle=bundle, moments=moments, now_ms=self.now_ms)
-
-    def done(self) -> bool:
-        assert self.journal is not None
-        return all(task.status not in ("queued", "running") for task in self.journal.tasks())
-
-
-@pytest.fixture
-def stage(choir: Any, task_folder: Path, scripted: Callable[..., Any]) -> Any:
-    """A stage with five players, nothing started."""
-    broker = MemoryBroker(random.Random(3))
-    made = Stage(choir, task_folder, scripted, broker, now_ms=1_796_083_200_000)
-    made.players = [Player(broker, choir, name, scripted) for name in choir.names(5)]
-    yield made
-    if made.service is not None:
-        made.crash()
-
-
-def test_a_task_runs_to_its_end_and_everybody_gets_the_trained_state(stage: Stage) -> None:
+def test_a_task_runs_to_its_end_and_everybody_gets_the_trained_state(stage: Any) -> None:
     stage.submit("tiny")
     stage.start()
     stage.run(30, until=stage.done)
@@ -238,7 +56,7 @@ def test_a_task_runs_to_its_end_and_everybody_gets_the_trained_state(stage: Stag
     assert f"sv1/choir/all/blob/{digest_of(final[0]).hex()}/0" in retained
 
 
-def test_the_events_file_tells_the_round_in_order(stage: Stage) -> None:
+def test_the_events_file_tells_the_round_in_order(stage: Any) -> None:
     stage.submit("tiny")
     stage.start()
     stage.players[4].silent_at = MaskedInputRequest
@@ -254,7 +72,7 @@ def test_the_events_file_tells_the_round_in_order(stage: Stage) -> None:
     assert first[7]["reason"] == "too_few_devices"
 
 
-def test_a_committed_event_has_the_accounts_of_the_round(stage: Stage) -> None:
+def test_a_committed_event_has_the_accounts_of_the_round(stage: Any) -> None:
     stage.submit("tiny")
     stage.start()
     stage.run(30, until=stage.done)
@@ -273,7 +91,7 @@ def test_a_committed_event_has_the_accounts_of_the_round(stage: Stage) -> None:
     }  # fmt: skip
 
 
-def test_inputs_are_standardised_by_a_first_round_and_sums_are_released(stage: Stage) -> None:
+def test_inputs_are_standardised_by_a_first_round_and_sums_are_released(stage: Any) -> None:
     text = (
         (stage.folder / "tiny.toml").read_text()
         + """
@@ -309,7 +127,45 @@ bits = 40
     assert decode_tensors(released[1])["count"] == 20.0
 
 
-def test_announcements_form_a_chain_and_only_needed_blobs_stay_at_the_broker(stage: Stage) -> None:
+def _final_states(stage: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What devices have and what the server has after the last round of task 1."""
+    given, kept = stage.journal.state_at(1, 2), stage.journal.server_state_at(1, 2)
+    assert given is not None
+    assert kept is not None
+    return decode_tensors(given[0]), decode_tensors(kept)
+
+
+@pytest.mark.parametrize("crash", [False, True])
+def test_the_moments_of_a_server_optimizer_outlive_a_crash_and_never_leave_the_server(stage: Any, crash: bool) -> None:
+    text = (stage.folder / "tiny.toml").read_text()
+    lines = 'learning_rate = 0.25\nserver = "adam"\nserver_learning_rate = 0.1\nserver_tau = 0.125'
+    (stage.folder / "tiny.toml").write_text(text.replace("learning_rate = 0.25", lines))
+    stage.submit("tiny")
+    stage.start()
+    if crash:
+        stage.run(60, until=lambda: len(stage.journal.rounds()) > 1)
+        stage.crash()
+        stage.start()
+    stage.run(60, until=stage.done)
+    assert [task.status for task in stage.journal.tasks()] == ["done"]
+    given, kept = _final_states(stage)
+    assert list(given) == ["kernel", "mean", "std", "learning_rate"]
+    first, second = np.zeros(()), np.full((), 0.125**2)
+    kernel = np.arange(6).reshape(3, 2).astype(np.float64)
+    for _ in range(2):  # every device's update is 0.125 everywhere
+        first, second = 0.9 * first + 0.1 * 0.125, 0.99 * second + 0.01 * 0.125**2
+        kernel = kernel + 0.1 * first / (np.sqrt(second) + 0.125)
+    np.testing.assert_allclose(given["kernel"], kernel, atol=1e-3)
+    moments = {name: array for name, array in kept.items() if "moment" in name}
+    assert len(moments) == 2
+    np.testing.assert_allclose(next(iter(moments.values())), first, atol=1e-4)
+    published = b"".join(payload for topic, payload in stage.broker.retained().items() if "/blob/" in topic)
+    assert given["kernel"].tobytes() in published
+    for array in moments.values():
+        assert array.tobytes() not in published
+
+
+def test_announcements_form_a_chain_and_only_needed_blobs_stay_at_the_broker(stage: Any) -> None:
     stage.submit("tiny")
     stage.start()
     seen: list[tuple[bytes, bytes]] = []
@@ -333,7 +189,7 @@ def test_announcements_form_a_chain_and_only_needed_blobs_stay_at_the_broker(sta
 
 @pytest.mark.parametrize("crash_after", range(3, 80, 9))
 def test_after_a_crash_at_any_point_the_task_goes_on_from_the_last_committed_round(
-    stage: Stage, crash_after: int
+    stage: Any, crash_after: int
 ) -> None:
     """The coordinator dies after so many deliveries; its successor abandons what was in flight and goes on."""
     stage.submit("tiny")
@@ -364,7 +220,7 @@ def test_after_a_crash_at_any_point_the_task_goes_on_from_the_last_committed_rou
     assert wanted <= digests
 
 
-def test_blobs_that_an_earlier_run_left_behind_are_cleared(stage: Stage) -> None:
+def test_blobs_that_an_earlier_run_left_behind_are_cleared(stage: Any) -> None:
     leftover = Topics("choir").blob_chunk(b"l" * 32, 0)
     stage.transport = MemoryTransport(stage.broker, "coordinator")
     stage.transport.publish(leftover, b"left behind", retain=True)
@@ -375,7 +231,7 @@ def test_blobs_that_an_earlier_run_left_behind_are_cleared(stage: Stage) -> None
     assert leftover not in stage.broker.retained()
 
 
-def test_a_broker_that_forgot_everything_is_given_everything_again(stage: Stage) -> None:
+def test_a_broker_that_forgot_everything_is_given_everything_again(stage: Any) -> None:
     stage.submit("tiny")
     stage.start()
     stage.run(30, until=stage.done)
@@ -386,7 +242,7 @@ def test_a_broker_that_forgot_everything_is_given_everything_again(stage: Stage)
     assert after == before
 
 
-def test_stopping_abandons_the_round_and_tells_everybody(stage: Stage) -> None:
+def test_stopping_abandons_the_round_and_tells_everybody(stage: Any) -> None:
     stage.submit("tiny")
     stage.start()
     stage.players[0].silent_at = Selected
@@ -401,7 +257,7 @@ def test_stopping_abandons_the_round_and_tells_everybody(stage: Stage) -> None:
     assert [outcome.reason for outcome in stage.players[1].outcomes] == ["coordinator_stopped"]
 
 
-def test_a_cancelled_task_ends_its_round(stage: Stage) -> None:
+def test_a_cancelled_task_ends_its_round(stage: Any) -> None:
     stage.submit("tiny")
     stage.start()
     stage.players[0].silent_at = Selected
@@ -412,7 +268,7 @@ def test_a_cancelled_task_ends_its_round(stage: Stage) -> None:
     assert [row.reason for row in stage.journal.rounds()] == ["cancelled"]
 
 
-def test_a_task_whose_bundle_is_damaged_fails_with_its_reason_and_the_next_one_runs(stage: Stage) -> None:
+def test_a_task_whose_bundle_is_damaged_fails_with_its_reason_and_the_next_one_runs(stage: Any) -> None:
     stage.submit("tiny")
     with Journal(stage.folder / "journal.sqlite") as journal:
         journal._db.execute("UPDATE blobs SET content = x'00'")
@@ -425,10 +281,22 @@ def test_a_task_whose_bundle_is_damaged_fails_with_its_reason_and_the_next_one_r
     assert "bundle" in first.reason
 
 
+def test_a_state_that_another_release_wrote_fails_its_task_and_not_the_coordinator(stage: Any) -> None:
+    stage.submit("tiny")
+    with Journal(stage.folder / "journal.sqlite") as journal:
+        journal.begin_task(1, state=encode_tensors({"kernel": np.zeros((3, 2), np.float32)}), broadcast=b"")
+    stage.submit("moments")
+    stage.start()
+    stage.run(60, until=stage.done)
+    first, second = stage.journal.tasks()
+    assert (first.status, second.status) == ("failed", "done")
+    assert "another release's" in first.reason
+
+
 # --- what others do wrong ---------------------------------------------------------------------------------------------
 
 
-def test_hostile_messages_are_counted_and_the_round_goes_on(stage: Stage, choir: Any) -> None:
+def test_hostile_messages_are_counted_and_the_round_goes_on(stage: Any, choir: Any) -> None:
     stage.submit("tiny")
     stage.start()
     stage.players[4].silent_at = Selected
@@ -463,7 +331,7 @@ def test_hostile_messages_are_counted_and_the_round_goes_on(stage: Stage, choir:
     [(ZeroDivisionError, 1), (LowOrderPoint, 2)],  # What looks like a bad message is first blamed on one.
 )
 def test_a_bug_costs_the_round_and_not_the_coordinator(
-    stage: Stage, caplog: pytest.LogCaptureFixture, bug: type[Exception], times: int
+    stage: Any, caplog: pytest.LogCaptureFixture, bug: type[Exception], times: int
 ) -> None:
     broken = [True] * times
 
@@ -480,7 +348,7 @@ def test_a_bug_costs_the_round_and_not_the_coordinator(
     assert bug.__name__ in caplog.text
 
 
-def test_logging_is_bounded_however_many_messages_are_refused(stage: Stage, caplog: pytest.LogCaptureFixture) -> None:
+def test_logging_is_bounded_however_many_messages_are_refused(stage: Any, caplog: pytest.LogCaptureFixture) -> None:
     stage.start()
     for _ in range(500):
         stage.players[0].transport.publish(stage.players[0].topics.up_message("pi-00"), b"nonsense")
@@ -489,7 +357,7 @@ def test_logging_is_bounded_however_many_messages_are_refused(stage: Stage, capl
     assert len([record for record in caplog.records if "refused" in record.message]) == 1
 
 
-def test_who_speaks_of_an_old_round_is_told_once_that_it_is_over(stage: Stage) -> None:
+def test_who_speaks_of_an_old_round_is_told_once_that_it_is_over(stage: Any) -> None:
     stage.submit("tiny")
     stage.start()
     stage.run(30, until=stage.done)
@@ -501,7 +369,7 @@ def test_who_speaks_of_an_old_round_is_told_once_that_it_is_over(stage: Stage) -
     assert player.device.heard == [RoundOver(reason="over")]
 
 
-def test_a_broker_that_loses_repeats_and_reorders_does_not_stop_the_task(stage: Stage) -> None:
+def test_a_broker_that_loses_repeats_and_reorders_does_not_stop_the_task(stage: Any) -> None:
     stage.broker.faults = type(stage.broker.faults)(loss=0.2, duplicate=0.2, reorder=0.2)
     stage.submit("tiny")
     stage.start()
@@ -529,7 +397,7 @@ def _everything_reachable(root: object) -> list[object]:
     return list(seen.values())
 
 
-def test_nothing_of_a_single_device_is_left_after_the_rounds(stage: Stage, caplog: pytest.LogCaptureFixture) -> None:
+def test_nothing_of_a_single_device_is_left_after_the_rounds(stage: Any, caplog: pytest.LogCaptureFixture) -> None:
     """One device's update is a pattern; afterwards it is looked for plain, quantised and masked, everywhere."""
     masked: list[bytes] = []
     original = stage.scripted
@@ -568,7 +436,7 @@ def test_nothing_of_a_single_device_is_left_after_the_rounds(stage: Stage, caplo
     ]
 
 
-def test_the_search_for_single_updates_would_find_one(stage: Stage) -> None:
+def test_the_search_for_single_updates_would_find_one(stage: Any) -> None:
     stage.start()
     assert stage.service is not None
     stage.service._refusals.planted = bytearray(b"--" + PATTERN.tobytes())  # type: ignore[attr-defined]

@@ -19,8 +19,8 @@ def _text(task_folder: Path) -> str:
 
 def test_a_task_has_defaults_for_what_it_does_not_say(task_folder: Path) -> None:
     task = read_task(_text(task_folder))
-    assert (task.secagg.mode, task.secagg.corrupt_share, task.work.epochs, task.optimizer.server_learning_rate) == (
-        "active", 0.05, 1, 1.0,
+    assert (task.secagg.mode, task.secagg.corrupt_share, task.work.epochs, task.optimizer.server) == (
+        "active", 0.05, 1, "sgd",
     )  # fmt: skip
     assert task.update is not None
     assert task.update.bits == 16
@@ -50,6 +50,23 @@ def test_over_selection_rounds_up(task_folder: Path) -> None:
         ('name = "tiny"', 'name = "no spaces"', r"name: expected `str` matching regex"),
         ('purpose = "to test"', 'purpose = "  "', r"purpose: say in plain words"),
         ("maximum = 100", "maximun = 100", r"metrics\[...\].maximun: unknown key; the keys here are bits, clip_norm"),
+        (
+            "= 0.25",
+            '= 0.25\nserver = "sdg"',
+            r"optimizer.server: there is no server optimizer 'sdg'; choose one of sgd, ",
+        ),
+        ("= 0.25", '= 0.25\nserver = "adam"', r"optimizer.server: .*'adam' needs 'learning_rate', for example 0.01"),
+        (
+            "= 0.25",
+            "= 0.25\nserver_tau = 0.1",
+            r"optimizer.server: .*'sgd' has no 'tau'; it has learning_rate; its keys",
+        ),
+        (
+            "= 0.25",
+            "= 0.25\nserver_learning_rate = 0",
+            r"optimizer.server: learning_rate is 0.0; write a number above 0",
+        ),
+        ("= 0.25", "= 0.25\nlearning_rate_decay = 2.0", r"optimizer.learning_rate_decay: expected `float` <= 1.0"),
         ("rounds = 2", "rounds = [", r"is not a TOML file"),
         ("rounds = 2", "rounds = 2.5", r"rounds: expected `int`, got `float`"),
     ],
@@ -60,6 +77,13 @@ def test_a_mistake_is_named_by_its_key(task_folder: Path, old: str, new: str, sa
     with pytest.raises(ConfigError, match=says) as caught:
         read_task(text.replace(old, new), where="tiny.toml")
     assert str(caught.value).startswith("tiny.toml")
+
+
+def test_a_server_optimizer_has_the_rates_that_the_file_gives_it(task_folder: Path) -> None:
+    lines = '= 0.25\nserver = "yogi"\nserver_learning_rate = 0.01\nserver_beta_2 = 0.95\nlearning_rate_decay = 0.98'
+    optimizer = read_task(_text(task_folder).replace("= 0.25", lines)).optimizer
+    assert (optimizer.server, optimizer.server_options) == ("yogi", {"learning_rate": 0.01, "beta_2": 0.95})
+    assert (optimizer.learning_rate, optimizer.learning_rate_decay) == (0.25, 0.98)
 
 
 def test_a_missing_table_is_asked_for_by_its_name(task_folder: Path) -> None:

@@ -22,7 +22,7 @@ from edge_agent.home import Home, init_home, load_anchor, load_identity
 from edge_agent.performer import Setup
 from edge_agent.policy import Policy
 from edge_agent.presence import last_will
-from sottovoce.authority import Authority, create_authority, sign_request
+from sottovoce.authority import Authority, create_authority, open_authority, sign_request
 from sottovoce.bundle import Bundle, decode_bundle
 from sottovoce.identity import Identity, SignedContext, TrustAnchor, new_key, signing_request
 from sottovoce.plan import (
@@ -62,6 +62,7 @@ FLEET = "choir"
 AT = datetime.datetime(2026, 12, 1, tzinfo=datetime.UTC)
 AT_MS = int(AT.timestamp() * 1000)
 BUNDLES = Path(__file__).parents[2] / "simulation" / "bundles"
+VISITS = Path(__file__).parent / "visits.svp"
 ROUTE = "r7"
 
 
@@ -286,7 +287,7 @@ class Coordinator:
         assert chunk.session == self.session.session_id
         self.chunks_taken += 1
         if assembly.add(chunk.index, chunk.content) and self.session.expected_vector(device) is not None:
-            self.session.add_vector(device, assembly.content())
+            self.session.add_vector(device, assembly)
         self._answer_upload(device, assembly)
 
     def _answer_upload(self, device: str, assembly: Assembly) -> None:
@@ -309,7 +310,9 @@ class World:
     agents: dict[str, Agent] = field(default_factory=dict)
     homes: dict[str, Home] = field(default_factory=dict)
 
-    def enrol(self, name: str, *, examples: dict[str, Any] | None = None, port: int = 0) -> Home:
+    def enrol(
+        self, name: str, *, examples: dict[str, Any] | None = None, port: int = 0, collection: str = "digits"
+    ) -> Home:
         """Make a device's folder with key, certificate and examples."""
         home = init_home(
             self.folder / name,
@@ -327,7 +330,7 @@ class World:
             from edge_agent.examples import ExampleStore
 
             with ExampleStore(home.examples) as store:
-                store.add("digits", examples, now_s=self.at.timestamp())
+                store.add(collection, examples, now_s=self.at.timestamp())
         return home
 
     def setup(self, name: str, *, resident: bool = True, clock: Callable[[], int] | None = None) -> Setup:
@@ -445,6 +448,25 @@ def digits_plan(bundle_bytes: bytes, *, chunk_bytes: int = 4096, **changes: Any)
     return Plan(**{**chosen, **changes})
 
 
+def visits_world(folder: Path) -> World:
+    """A fleet whose plan is the program with client state, visits.svp; its examples are one column of readings."""
+    world = make_world(folder)
+    coordinator, content = world.coordinator, VISITS.read_bytes()
+    coordinator.bundle_bytes, coordinator.state_bytes = content, decode_bundle(content).initial
+    whole = Counted(maximum=10_000_000)
+    coordinator.plan = digits_plan(
+        content,
+        name="visits",
+        collection="readings",
+        work=LocalWork(batch_size=2, order="stored"),
+        aggregations=tuple(
+            Aggregation(name=name, tensors=("float32[1]",), encoding=whole) for name in ("now", "before")
+        ),
+        privacy=PrivacyTerms(purpose="to count visits", minimum_cohort=3, weight_cap=100),
+    )
+    return world
+
+
 def _der(pem: bytes) -> bytes:
     from cryptography.hazmat.primitives.serialization import Encoding
 
@@ -453,13 +475,21 @@ def _der(pem: bytes) -> bytes:
     return load_certificate(pem).public_bytes(Encoding.DER)
 
 
-def make_world(folder: Path, *, at: datetime.datetime = AT) -> World:
-    authority = create_authority(folder / "ca", fleet=FLEET, at=at - datetime.timedelta(days=1))
+def coordinator_identity(authority: Authority, *, name: str, at: datetime.datetime) -> Identity:
+    """Return a new coordinator of the fleet, in the place of the one before."""
     key = new_key()
-    request = signing_request(key, name="coordinator", fleet=FLEET, role="coordinator")
-    issued = sign_request(authority, request, at=at, role="coordinator")
+    request = signing_request(key, name=name, fleet=FLEET, role="coordinator")
+    issued = sign_request(authority, request, at=at, role="coordinator", replace=True)
+    return Identity(key, TrustAnchor(authority.certificate).verify(_der(issued.pem), at=at))
+
+
+def make_world(folder: Path, *, at: datetime.datetime = AT) -> World:
+    if (folder / "ca").exists():
+        authority = open_authority(folder / "ca")
+    else:
+        authority = create_authority(folder / "ca", fleet=FLEET, at=at - datetime.timedelta(days=1))
     anchor = TrustAnchor(authority.certificate)
-    identity = Identity(key, anchor.verify(_der(issued.pem), at=at))
+    identity = coordinator_identity(authority, name="coordinator", at=at)
     broker, clock = MemoryBroker(random.Random(7)), FakeClock()
     bundle_bytes = (BUNDLES / "digits.svp").read_bytes()
     coordinator = Coordinator(

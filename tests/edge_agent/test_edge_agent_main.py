@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ import numpy as np
 import pytest
 
 from edge_agent.__main__ import main
-from edge_agent.home import Home
+from edge_agent.client_states import ClientStates
+from edge_agent.effects import NextClientState, RoundId
+from edge_agent.home import Home, load_identity
 from edge_agent.latest import keep_latest
 from edge_agent.ledger import Ledger, Release
 from sottovoce.authority import Authority, create_authority, sign_request
-from sottovoce.bundle import decode_bundle, encode_bundle
-from sottovoce.plan import digest_of
+from sottovoce.bundle import ClientState, Port, decode_bundle, encode_bundle
+from sottovoce.plan import LocalWork, Plan, PrivacyTerms, blob_ref, digest_of
 from sottovoce.tensors import decode_tensors, encode_tensors
 
 BUNDLE = Path(__file__).parents[2] / "simulation" / "bundles" / "digits.svp"
@@ -152,10 +155,62 @@ def test_import_status_and_forget(home: Home, tmp_path: Path, capsys: pytest.Cap
     assert "nothing has left this device" in printed
 
 
+def test_what_programs_keep_is_shown_and_forgotten(
+    home: Home, tmp_path: Path, capsys: pytest.CaptureFixture[str], authority: Authority
+) -> None:
+    enrolled(home, authority, tmp_path)
+    identity = load_identity(home, datetime.datetime.now(datetime.UTC))
+    kept = ClientState(
+        slot="control",
+        version=2,
+        ports=(Port(name="total", type="float32[1]"),),
+        initial=encode_tensors({"total": np.zeros(1, np.float32)}),
+        maximum_bytes=100,
+    )
+    plan = Plan(
+        fleet="clinic", name="mean", collection="steps", program=blob_ref(b""), work=LocalWork(), aggregations=(),
+        privacy=PrivacyTerms(purpose="a test", minimum_cohort=3, weight_cap=1),
+    )  # fmt: skip
+    round_ = RoundId(b"a" * 32, "coordinator", 7, 0)
+
+    def keep(slot: str, collection: str) -> None:
+        store = ClientStates(home.client_states, identity, maximum_bytes=100, entropy=os.urandom, log=print)
+        mine = msgspec.structs.replace(kept, slot=slot)
+        value = NextClientState(
+            slot=slot, version=2, types=kept.types, plan_name="mean", collection=collection,
+            base=store.take_up(mine, plan).base, content=kept.initial,
+        )  # fmt: skip
+        store.hold(round_, value)
+        store.settle(round_, survived=True)
+        store.close()
+
+    def printed(*arguments: str) -> str:
+        capsys.readouterr()
+        assert main([*arguments, "--home", str(home.path)]) == 0
+        return capsys.readouterr().out
+
+    keep("control", "steps")
+    keep("other", "heart")
+    size = len(kept.initial)
+    line = f"keeps        control v2: total float32[1] ({size} bytes), computed from steps by mean, round 7"
+    assert line in printed("status")
+    shown = json.loads(printed("status", "--json"))
+    assert [(each["slot"], each["collections"]) for each in shown["client_states"]] == [
+        ("control", ["steps"]), ("other", ["heart"]),
+    ]  # fmt: skip
+    assert shown["policy"]["max_client_state_bytes"] == 1024 * 1024
+    assert "forgot client state control" in printed("forget", "steps")
+    assert "nothing is kept in client state control" in printed("forget", "--client-state", "control")
+    assert "forgot client state other" in printed("forget", "--client-state", "other")
+    keep("control", "steps")
+    assert "forgot client state control" in printed("forget", "--all")
+    assert "keeps" not in printed("status")
+
+
 def test_forget_needs_to_know_what(home: Home, capsys: pytest.CaptureFixture[str]) -> None:
     init(home)
     assert main(["forget", "--home", str(home.path)]) == 2
-    assert "say which collection to forget, or --all" in capsys.readouterr().err
+    assert "say which collection to forget, or --client-state SLOT, or --all" in capsys.readouterr().err
 
 
 def test_status_shows_what_has_left(home: Home, capsys: pytest.CaptureFixture[str]) -> None:

@@ -147,6 +147,38 @@ class TestTypes:
         assert store.count("c") == 1
 
 
+class TestText:
+    @pytest.mark.parametrize(
+        ("name", "content"),
+        [
+            ("a.jsonl", '{"text": "Ciao, come va?", "at": 7}\n{"at": 0.5, "text": ""}\n'),
+            ("a.csv", 'at,text\n7,"Ciao, come va?"\n0.5,\n'),
+        ],
+    )
+    def test_messages_beside_numbers(self, store: ExampleStore, tmp_path: Path, name: str, content: str) -> None:
+        assert put(store, tmp_path, name, content) == 2
+        kept = store.read("c")
+        assert list(kept["text"]) == ["Ciao, come va?", ""]
+        assert kept["at"].dtype == np.float32 and list(kept["at"]) == [7.0, 0.5]
+        assert {column: str(kind) for column, kind in store.columns("c").items()} == {"text": "str", "at": "float32"}
+
+    def test_a_line_of_digits_stays_what_was_written(self, store: ExampleStore, tmp_path: Path) -> None:
+        put(store, tmp_path, "a.csv", "text\nhello\n042\n")
+        assert list(store.read("c", newest=1)["text"]) == ["042"]
+
+    def test_messages_survive_reopening_and_are_appended(self, tmp_path: Path) -> None:
+        for text in ("eins", "zwei"):
+            with ExampleStore(tmp_path / "again.sqlite") as store:
+                store.append("c", [("message 1", {"text": text})], now_s=1.0)
+        with ExampleStore(tmp_path / "again.sqlite") as store:
+            assert list(store.read("c")["text"]) == ["eins", "zwei"]
+
+    def test_numbers_do_not_become_text_later(self, store: ExampleStore, tmp_path: Path) -> None:
+        put(store, tmp_path, "a.csv", "x\n1\n")
+        with pytest.raises(BadExamples, match="line 2, column 'x': str does not fit the int32 of collection 'c'"):
+            put(store, tmp_path, "b.csv", "x\nwalking\n")
+
+
 class TestRefusals:
     @pytest.mark.parametrize(
         ("name", "text", "message"),
@@ -159,7 +191,9 @@ class TestRefusals:
             ("a.csv", "x,x[0]\n1,2\n", "no plain x"),
             ("a.csv", "x,y\n1,2\n3\n", "line 3: 1 cells, and the header has 2 columns"),
             ("a.csv", "x,y\n1,2\n3,\n", "line 3, column 'y': empty"),
-            ("a.csv", "x,y\n1,walking\n", "line 2, column 'y': 'walking', not a number; write numbers"),
+            ("a.csv", "x,y\n1,2\n1,walking\n", "line 3, column 'y': 'walking', not a number; write numbers"),
+            ("a.csv", "x[0],x[1]\n1,walking\n", r"line 2, column 'x\[1\]': 'walking', not a number"),
+            ("a.csv", "x\n" + "a" * 10_001, "line 2, column 'x': a text of 10001 characters; at most 10000"),
             ("a.csv", "x\nnan\n", "line 2, column 'x': nan is NaN"),
             ("a.csv", "x\n1\n-inf\n", "line 3, column 'x': -inf is NaN, infinite"),
             ("a.csv", "x\n1e39\n", "too large"),
@@ -172,9 +206,12 @@ class TestRefusals:
             ("a.jsonl", "[1, 2]\n", "line 1: not an object"),
             ("a.jsonl", "{}\n", "line 1: not an object"),
             ("a.jsonl", '{"x": 1}\n{"y": 1}\n', "line 2: column x, y is not in every example"),
-            ("a.jsonl", '{"x": 1}\n{"x": "walking"}\n', "line 2, column 'x': 'walking' is not a number"),
-            ("a.jsonl", '{"x": null}\n', "line 1, column 'x': None is not a number"),
-            ("a.jsonl", '{"x": {"a": 1}}\n', "is not a number"),
+            ("a.jsonl", '{"x": 1}\n{"x": "walking"}\n', "line 2, column 'x': text, but numbers before; one column"),
+            ("a.jsonl", '{"x": "a"}\n{"x": 1}\n', "line 2, column 'x': a number, but text before; one column"),
+            ("a.jsonl", '{"x": "\\ud800"}\n', "line 1, column 'x': .* is not Unicode text"),
+            ("a.jsonl", '{"x": ["a", "b"]}\n', "line 1, column 'x': .* is neither a number nor text"),
+            ("a.jsonl", '{"x": null}\n', "line 1, column 'x': None is neither a number nor text"),
+            ("a.jsonl", '{"x": {"a": 1}}\n', "is neither a number nor text"),
             ("a.jsonl", '{"x": [[1, 2], [3]]}\n', "line 1, column 'x': the lists have different lengths"),
             ("a.jsonl", '{"x": []}\n', "line 1, column 'x': the list is empty"),
             ("a.jsonl", '{"x": NaN}\n', "NaN"),
@@ -196,8 +233,8 @@ class TestRefusals:
             ({}, "one entry per example"),
             ({"x": np.zeros((0, 4))}, "there is no example"),
             ({"x": np.array([1.0, np.nan])}, "row 1, column 'x': .*NaN"),
-            ({"x": np.array(["a"])}, "row 0, column 'x': .*not a number"),
-            ({"x": np.array([1j])}, "not a number"),
+            ({"x": np.array(["a", "b" * 10_001])}, "row 1, column 'x': a text of 10001 characters"),
+            ({"x": np.array([1j])}, "neither a number nor text"),
             ({"x": np.array([{}], dtype=object)}, "not a readable .npz of plain numbers"),
         ],
     )
@@ -278,6 +315,22 @@ class TestReading:
             assert again.collections() == {"a": 2, "b": 7}
             assert list(again.collections()) == ["a", "b"]
             np.testing.assert_array_equal(again.read("b")["x"], [0, 1, 2, 0, 1, 2, 3])
+
+    def test_the_newest_ones_alone_oldest_first(self, store: ExampleStore) -> None:
+        for start in (0, 3):
+            store.add("c", {"x": np.arange(start, start + 3, dtype=np.float32)}, now_s=NOW_S)
+        for newest, wanted in ((1, [5]), (4, [2, 3, 4, 5]), (6, [0, 1, 2, 3, 4, 5]), (99, [0, 1, 2, 3, 4, 5])):
+            assert store.read("c", newest=newest)["x"].tolist() == wanted
+
+    def test_numbers_are_never_given_twice(self, store: ExampleStore) -> None:
+        assert store.span("c") == (1, 0)
+        store.add("c", {"x": np.zeros(3)}, now_s=NOW_S)
+        store.add("d", {"x": np.zeros(2)}, now_s=NOW_S)
+        store.add("c", {"x": np.zeros(1)}, now_s=NOW_S)
+        assert (store.span("c"), store.span("c", newest=2), store.span("d")) == ((1, 6), (3, 6), (4, 5))
+        store.forget("c")
+        store.add("c", {"x": np.zeros(1)}, now_s=NOW_S)
+        assert store.span("c") == (7, 7)
 
     def test_arrays_are_the_callers_own(self, store: ExampleStore) -> None:
         store.add("c", {"x": np.arange(3.0), "y": np.arange(3)}, now_s=NOW_S)

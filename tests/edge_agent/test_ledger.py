@@ -108,6 +108,20 @@ class TestSpend:
             with pytest.raises(PolicyRefusal):
                 two.spend(replace(RELEASE, session=session(2)), max_releases_per_state=1)
 
+    def test_counts_only_what_may_have_held_an_example_that_is_still_used(self, ledger: Ledger) -> None:
+        for number, newest in ((1, 10), (2, 20)):
+            ledger.spend(replace(RELEASE, session=session(number), newest_example=newest), max_releases_per_state=2)
+        counted = {
+            oldest: ledger.releases_of_state(RELEASE.plan, RELEASE.state, oldest_example=oldest)
+            for oldest in (1, 10, 11, 20, 21)
+        }
+        assert counted == {1: 2, 10: 2, 11: 1, 20: 1, 21: 0}
+        third = replace(RELEASE, session=session(3), newest_example=30)
+        with pytest.raises(PolicyRefusal):
+            ledger.spend(third, max_releases_per_state=2, oldest_example=10)
+        ledger.spend(third, max_releases_per_state=2, oldest_example=11)
+        assert ledger.rows()[0] == third
+
 
 class TestSettle:
     @pytest.mark.parametrize("outcome", ["committed", "abandoned", "unknown"])
@@ -186,8 +200,19 @@ class TestFile:
         with sqlite3.connect(path) as database:
             database.execute("PRAGMA user_version = 99")
         database.close()
-        with pytest.raises(ConfigError, match="schema 99, this release knows 1"):
+        with pytest.raises(ConfigError, match="schema 99, this release knows 2"):
             Ledger(path)
+
+    def test_of_the_release_before_is_taken_over_and_its_rows_count_for_ever(self, path: Path) -> None:
+        with Ledger(path) as ledger:
+            ledger.spend(RELEASE, max_releases_per_state=2)
+        with sqlite3.connect(path) as database:
+            database.execute("ALTER TABLE release DROP COLUMN newest_example")
+            database.execute("PRAGMA user_version = 1")
+        database.close()
+        with Ledger(path) as ledger:
+            assert ledger.rows() == [RELEASE]
+            assert ledger.releases_of_state(RELEASE.plan, RELEASE.state, oldest_example=2**40) == 1
 
     def test_in_a_missing_folder_is_named(self, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="cannot open"):

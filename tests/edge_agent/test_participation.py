@@ -19,13 +19,17 @@ from edge_agent.effects import (
     Event,
     FetchPlan,
     ForgetPending,
+    HoldClientState,
     KeepEvidence,
     LocalFacts,
     Log,
+    NextClientState,
     PlanFetched,
     Remember,
+    RoundId,
     Send,
     Settle,
+    SettleClientState,
     Spend,
     StopWork,
     WorkFinished,
@@ -70,6 +74,7 @@ from sottovoce.wire.messages import (
     AdvertiseKeysRequest,
     Announcement,
     CheckIn,
+    MaskedInput,
     MaskedInputRequest,
     Message,
     NotSelected,
@@ -483,6 +488,41 @@ def test_an_outcome_settles_the_ledger_for_survivors_only(machine: Machine) -> N
         machine.put(AwaitingOutcome)
         effects = machine.receive(Outcome(b"", b"a" * 32, True, "", survivors, machine.state_ref, NOW))
         assert Settle(SESSION, settled) in effects
+
+
+@pytest.mark.parametrize("state", STATES, ids=lambda each: each.__name__)
+@pytest.mark.parametrize(
+    ("committed", "survivors", "survived"),
+    [(True, ("pi-0", "pi-1"), True), (True, ("pi-1",), False), (False, ("pi-0", "pi-1"), False), (False, (), False)],
+)
+def test_every_outcome_settles_the_client_state_of_its_own_round(
+    machine: Machine, state: type[State], committed: bool, survivors: tuple[str, ...], survived: bool
+) -> None:
+    machine.put(state)
+    for announcement in (b"a" * 32, b"other".ljust(32)):
+        effects = machine.receive(Outcome(b"", announcement, committed, "late", survivors, machine.state_ref, NOW))
+        settled = [effect for effect in effects if isinstance(effect, SettleClientState)]
+        assert settled == [SettleClientState(RoundId(announcement, "coordinator", 3, 1), survived)]
+        # First: what is forgotten of the round after this can be heard again, the client state would be lost.
+        later = [i for i, e in enumerate(effects) if isinstance(e, Settle | Remember)]
+        assert all(effects.index(settled[0]) < i for i in later)
+
+
+def test_the_new_client_state_goes_through_the_session_and_is_held_before_the_result_is_erased(
+    machine: Machine,
+) -> None:
+    value = NextClientState(
+        slot="control", version=1, types="", plan_name="digits", collection="digits", base="0/0", content=b"secret"
+    )
+    state = machine.put(Sharing)
+    assert isinstance(state, Sharing)
+    machine.participation.state = dataclasses.replace(state, client_state=value)
+    state.session.receive = lambda message: MaskedInput(blob_ref(bytes(100)))  # type: ignore[method-assign]  # a fake
+    effects = machine.receive(machine.message(MaskedInputRequest))
+    kinds = [type(effect) for effect in effects]
+    assert HoldClientState(machine.open_round().id, value) in effects
+    assert kinds.index(HoldClientState) < kinds.index(ForgetPending) < kinds.index(Spend)
+    assert "secret" not in repr(effects)
 
 
 def test_masked_bytes_leave_only_after_the_update_is_erased_and_written_down(world: Any) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from edge_agent.examples import ExampleStore
+from edge_agent.local_broker import connect
 from edge_agent.source_readers import reading
 from edge_agent.source_settings import SourceConfig
 from edge_agent.sources import Sources
@@ -32,7 +33,12 @@ class Device:
         self.sources: Sources | None = None
 
     def open(self, **configs: SourceConfig) -> Sources:
-        self.sources = Sources(configs, self.store, device="pi-1", retain=self.retained.append)
+        self.sources = Sources(
+            configs,
+            self.store,
+            connect=lambda collection, config: connect(config, client_id=f"pi-1-{collection}"),
+            retain=self.retained.append,
+        )
         return self.sources
 
     def poll(self, *, after_s: float = 0.0) -> None:

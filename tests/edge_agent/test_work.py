@@ -34,6 +34,12 @@ def moments() -> tuple[Bundle, Program]:
     return bundle, open_program(bundle)
 
 
+@pytest.fixture(scope="module")
+def visits() -> tuple[Bundle, Program]:
+    bundle = read_bundle(Path(__file__).parent / "visits.svp")[0]
+    return bundle, open_program(bundle)
+
+
 def examples_of(count: int) -> Arrays:
     random = np.random.default_rng(count)
     return {
@@ -92,7 +98,7 @@ GOOD = examples_of(7)
         ({**GOOD, "y": GOOD["y"].astype(np.int64) + 2**40}, "column 'y', row 0: .* does not fit into int32"),
         ({**GOOD, "y": np.full(7, np.nan)}, "column 'y', row 0: the value nan is not a finite number"),
         ({**GOOD, "x": GOOD["x"].astype(np.float64) + 1e300}, "column 'x', row 0: .* does not fit into float32"),
-        ({**GOOD, "y": np.array(list("abcdefg"))}, "column 'y' is <U1, which is no number"),
+        ({**GOOD, "y": np.array(list("abcdefg"))}, "column 'y' is text; the program needs int32"),
         ({**GOOD, "x": GOOD["x"].astype(object)}, "column 'x' is object, which is no number"),
     ],
 )
@@ -114,6 +120,15 @@ def test_casts_that_keep_the_meaning_are_made(
     assert {name: column.dtype for name, column in checked.items()} == {"x": np.float32, "y": np.int32}
     for name, column in checked.items():
         np.testing.assert_array_equal(column, whole[name])
+
+
+def test_a_program_of_one_column_reads_the_one_column_of_a_collection(moments: tuple[Bundle, Program]) -> None:
+    windows = np.ones((3, 128, 9), np.float32)
+    (checked,) = check_examples(moments[0], {"acceleration": windows}).values()
+    np.testing.assert_array_equal(checked, windows)
+    with pytest.raises(BadExamples, match=r"column 'x' .* is missing; the examples have acceleration, gyroscope"):
+        check_examples(moments[0], {"acceleration": windows, "gyroscope": windows})
+    assert list(check_examples(moments[0], {"gyroscope": windows * 2, "x": windows})) == ["x"]
 
 
 def test_the_program_sees_only_the_columns_that_it_names(digits: tuple[Bundle, Program]) -> None:
@@ -162,6 +177,67 @@ def test_max_examples_uses_so_many_chosen_at_random_the_same_in_every_epoch(mome
         assert (result.weight, rest, total.bit_count()) == (4, 0, 4)
         chosen.add(total)
     assert len(chosen) > 4
+
+
+@pytest.mark.parametrize(("max_examples", "first"), [(0, 0), (3, 7), (1, 9), (99, 0)])
+def test_stored_order_takes_the_newest_oldest_first_in_every_epoch(
+    visits: tuple[Bundle, Program], max_examples: int, first: int
+) -> None:
+    bundle, program = visits
+    plan = LocalWork(epochs=3, batch_size=2, max_examples=max_examples, order="stored")
+    work = prepare(program, bundle, plan, broadcast={}, examples={"x": np.arange(10)}, client_state=decode_kept(bundle))
+    seen: list[list[float]] = []
+    state = work.start(os.urandom)
+    while not work.is_done(state):
+        rows = work._order(state)[state.position : state.position + 2]
+        seen.append(work.examples["x"][rows].tolist())
+        state = work.advance(state)
+    epoch = list(range(first, 10))
+    batches = [epoch[start : start + 2] for start in range(0, len(epoch), 2)]
+    assert seen == batches * 3
+    assert work.result(state).values["now"][0].tolist() == [3 * sum(epoch)]
+    assert work.result(state).weight == len(epoch)
+
+
+def test_in_stored_order_what_is_not_used_may_be_damaged(visits: tuple[Bundle, Program]) -> None:
+    bundle, program = visits
+    readings = {"temperature": np.array([np.nan, 20.5, 21.0])}
+    newest = LocalWork(batch_size=1, max_examples=1, order="stored")
+    work = prepare(program, bundle, newest, broadcast={}, examples=readings, client_state=decode_kept(bundle))
+    assert run(work, work.start(os.urandom)).values["now"][0].tolist() == [21.0]
+    with pytest.raises(BadExamples, match="row 0"):
+        prepare(program, bundle, LocalWork(order="stored"), broadcast={}, examples=readings)
+
+
+# --- client state -----------------------------------------------------------------------------------------------------
+
+
+def decode_kept(bundle: Bundle) -> Arrays:
+    assert bundle.client_state is not None
+    return decode_tensors(bundle.client_state.initial)
+
+
+def test_client_state_goes_into_begin_and_comes_out_of_finish(visits: tuple[Bundle, Program]) -> None:
+    bundle, program = visits
+    kept = {"total": np.array([40.0], np.float32), "rounds": np.array([3], np.int32)}
+    examples = {"x": np.array([1.0, 2.0])}
+    work = prepare(program, bundle, LocalWork(), broadcast={}, examples=examples, client_state=kept)
+    result = run(work, work.start(os.urandom))
+    assert set(result.values) == {"now", "before"}, "what is kept is no result: it cannot be summed by mistake"
+    assert result.values["before"][0].tolist() == [40.0]
+    assert {name: value.tolist() for name, value in result.client_state.items()} == {"total": [43.0], "rounds": [4]}
+
+
+def test_a_checkpoint_of_other_client_state_is_refused(visits: tuple[Bundle, Program]) -> None:
+    bundle, program = visits
+    plan, examples = LocalWork(epochs=2), {"x": np.array([1.0, 2.0])}
+    before = prepare(program, bundle, plan, broadcast={}, examples=examples, client_state=decode_kept(bundle))
+    saved = before.checkpoint(before.advance(before.start(os.urandom)))
+    changed = {**decode_kept(bundle), "total": np.ones(1, np.float32)}
+    after = prepare(program, bundle, plan, broadcast={}, examples=examples, client_state=changed)
+    assert before.resume(saved).epoch == 1
+    with pytest.raises(ProgramError, match="client state"):
+        after.resume(saved)
 
 
 def test_fewer_examples_than_max_examples_are_all_used(digits: tuple[Bundle, Program]) -> None:

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from models.export import export, export_model
+from models.personalised import export_personalised
+from models.scaffold import export_scaffold
 from models.zoo.digits import digits
 from models.zoo.har import har
 from models.zoo.moments import moments
@@ -21,6 +23,8 @@ from sottovoce.types import Array
 FOLDER = Path(__file__).resolve().parents[2] / "simulation" / "bundles"
 EXPORTS: dict[str, Callable[[], Bundle]] = {
     "digits": lambda: export_model(digits()),
+    "digits_scaffold": lambda: export_scaffold(digits()),
+    "digits_personalised": lambda: export_personalised(digits()),
     "har": lambda: export_model(har()),
     "moments_har": lambda: export(moments("moments_har", shape=(128, 9))),
 }
@@ -43,7 +47,7 @@ def results_of(bundle: Bundle) -> dict[str, dict[str, Array]]:
     """Return what every role gives on random batches of the label range and the shapes that the ports declare."""
     program, random = open_program(bundle), np.random.default_rng(3)
     broadcast = decode_tensors(bundle.initial)
-    state = program.begin(broadcast)
+    state = program.begin(broadcast, decode_tensors(bundle.client_state.initial) if bundle.client_state else {})
     for size in (32, 7):
         batch = {}
         for port in bundle.batch:

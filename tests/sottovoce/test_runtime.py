@@ -281,3 +281,55 @@ def test_a_missing_runtime_is_told_with_the_command_that_installs_it(digits: Bun
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run([sys.executable, "-c", without], cwd=root, capture_output=True, text=True, check=True)
     assert "pip install 'sottovoce[agent]'" in done.stdout
+
+
+# --- client state -----------------------------------------------------------------------------------------------------
+
+VISITS = Path(__file__).resolve().parents[1] / "edge_agent" / "visits.svp"
+
+
+@pytest.fixture(scope="module")
+def visits() -> Bundle:
+    return read_bundle(VISITS)[0]
+
+
+def test_begin_reads_the_client_state_and_finish_returns_the_new_one(visits: Bundle) -> None:
+    program = open_program(visits)
+    run_self_test(visits, program)
+    kept = {"total": np.array([5.0], np.float32), "rounds": np.array([2], np.int32)}
+    state, _ = program.step(program.begin({}, kept), {"x": np.array([1.0, 2.5], np.float32)})
+    finished = program.finish(state, {})
+    assert {name: value.tolist() for name, value in finished.items()} == {
+        "sum_now": [3.5],
+        "sum_before": [5.0],
+        "next_total": [8.5],
+        "next_rounds": [3],
+    }
+
+
+def test_client_state_that_does_not_fit_is_refused(visits: Bundle) -> None:
+    program = open_program(visits)
+    with pytest.raises(ProgramError, match="begin: 'total' is missing"):
+        program.begin({})
+    with pytest.raises(ProgramError, match="begin: 'rounds' is a int32"):
+        program.begin({}, {"total": np.zeros(1, np.float32), "rounds": np.zeros(1, np.float32)})
+
+
+def with_expected(bundle: Bundle, **changes: Array | None) -> Bundle:
+    expected = {**decode_tensors(bundle.self_test.expected), **changes}
+    kept = {name: value for name, value in expected.items() if value is not None}
+    return msgspec.structs.replace(
+        bundle, self_test=msgspec.structs.replace(bundle.self_test, expected=encode_tensors(kept))
+    )
+
+
+def test_the_self_test_covers_the_client_state(visits: Bundle) -> None:
+    program = open_program(visits)
+    with pytest.raises(SelfTestFailed) as failure:
+        run_self_test(with_expected(visits, next_rounds=np.array([9], np.int32)), program)
+    assert failure.value.tensor == "next_rounds"
+    with pytest.raises(BadBundle, match="expects nothing of next_total"):
+        run_self_test(with_expected(visits, next_total=None), program)
+    forgetful = msgspec.structs.replace(visits.self_test, client_state=encode_tensors({}))
+    with pytest.raises(SelfTestFailed):
+        run_self_test(msgspec.structs.replace(visits, self_test=forgetful), program)

@@ -54,3 +54,8 @@ def test_help_teaches_and_imports_no_runtime() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "sottovoce inspect digits.svp" in done.stdout
+
+
+def test_what_a_program_keeps_on_devices_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(Path(__file__).parents[1] / "edge_agent" / "visits.svp")]) == 0
+    assert "keeps        visits v1, " in capsys.readouterr().out

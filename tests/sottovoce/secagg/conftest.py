@@ -15,9 +15,11 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 
 from sottovoce.identity import Identity, SignedContext, TrustAnchor, new_key, subject
+from sottovoce.plan import blob_ref
 from sottovoce.secagg.client import ClientSession, ClientTerms
 from sottovoce.secagg.graph import GraphRule
 from sottovoce.secagg.server import STAGE_NAMES, Reply, ServerSession
+from sottovoce.wire.chunks import assemble
 from sottovoce.wire.codec import Opened, open_envelope, parse, seal
 from sottovoce.wire.messages import Message, SecAggParameters, Unmasking
 
@@ -74,7 +76,7 @@ class Rehearsal:
         """Deliver the masked vector that a device has announced."""
         vector = self.clients[device].masked_vector
         assert vector is not None
-        self.server.add_vector(device, bytearray(vector))
+        self.server.add_vector(device, assemble(blob_ref(vector), vector))
 
     def advertise(self, devices: Iterable[str]) -> None:
         """Let `devices` advertise keys, through the real envelopes."""

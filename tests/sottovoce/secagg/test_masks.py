@@ -47,6 +47,26 @@ def test_a_mask_is_one_stream_over_the_whole_vector_added_word_by_word(
     assert bytes(vector) == plain
 
 
+@pytest.mark.parametrize("cipher", ["aes-128-ctr", "chacha20"])
+@pytest.mark.parametrize(("vector_bytes", "wide_bytes"), SHAPES)
+def test_many_masks_in_one_pass_are_the_same_as_one_after_another(
+    fleet: Any, fixed_entropy: Any, cipher: str, vector_bytes: int, wide_bytes: int
+) -> None:
+    entropy = fixed_entropy(vector_bytes)
+    parameters = fleet.parameters(cipher=cipher, vector_bytes=vector_bytes, wide_bytes=wide_bytes)
+    added, subtracted = ([entropy(16 if cipher == "aes-128-ctr" else 32) for _ in range(3)] for _ in range(2))
+    together = bytearray(entropy(vector_bytes))
+    singly = bytearray(together)
+    MaskExpander(parameters).apply(together, added=added, subtracted=subtracted)
+    for key in added:
+        MaskExpander(parameters).add(singly, key)
+    for key in subtracted:
+        MaskExpander(parameters).subtract(singly, key)
+    assert together == singly
+    MaskExpander(parameters).apply(together)
+    assert together == singly
+
+
 @pytest.mark.parametrize(("width", "word"), [(9, "<u2"), (16, "<u2"), (17, "<u4"), (26, "<u4"), (32, "<u4")])
 def test_a_packed_entry_is_masked_modulo_two_to_its_width(
     fleet: Any, fixed_entropy: Any, width: int, word: str

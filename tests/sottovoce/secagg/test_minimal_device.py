@@ -24,6 +24,7 @@ from sottovoce.secagg.graph import GraphParameters
 from sottovoce.secagg.segments import add_into, reduce
 from sottovoce.secagg.server import STAGE_NAMES, ServerSession
 from sottovoce.secagg.server_stages import Unmasked
+from sottovoce.wire.chunks import assemble
 from sottovoce.wire.codec import open_envelope, parse, seal
 from sottovoce.wire.messages import AdvertiseKeysRequest, SecAggParameters
 
@@ -110,8 +111,9 @@ class Choir:
             vector = device.masked_vector
         certificate = self.fleet.identities[reply.device].certificate
         self.server.receive(open_envelope(parse(answer), certificate, answer))
-        if self.server.expected_vector(reply.device) is not None:
-            self.server.add_vector(reply.device, bytearray(vector))
+        announced = self.server.expected_vector(reply.device)
+        if announced is not None:
+            self.server.add_vector(reply.device, assemble(announced, vector))
 
     def plain_sum(self) -> bytes:
         total = bytearray(len(next(iter(self.plain.values()))))

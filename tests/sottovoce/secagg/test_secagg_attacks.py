@@ -48,6 +48,7 @@ from sottovoce.secagg.server_stages import (
     Unmasked,
 )
 from sottovoce.secagg.transcript import leaf_of, survivors_digest
+from sottovoce.wire.chunks import Assembly, assemble
 from sottovoce.wire.codec import parse, seal
 from sottovoce.wire.messages import (
     AdvertiseKeys,
@@ -599,13 +600,18 @@ def test_the_server_adds_only_the_vector_that_was_announced_and_only_once(fleet:
     requests = rehearsal.run_until(CollectingInputs, silent={"share_keys": rehearsal.devices[5:]})
     device, other, late = rehearsal.devices[0], rehearsal.devices[1], rehearsal.devices[5]
     server = rehearsal.server
+    zeros = bytes(fleet.vector_bytes)
     with pytest.raises(LocalProtocolError):
-        server.add_vector(device, bytearray(fleet.vector_bytes))
+        server.add_vector(device, assemble(blob_ref(zeros), zeros))
     reply = rehearsal.answer(device, requests[device], upload=False)
     assert server.expected_vector(device) == reply.vector
     assert server.expected_vector(other) is server.expected_vector("nobody") is None
+    with pytest.raises(BadBlob, match="not the vector that it has announced"):
+        server.add_vector(device, assemble(blob_ref(zeros), zeros))
+    with pytest.raises(BadBlob, match="1 chunks are missing"):
+        server.add_vector(device, Assembly(reply.vector))
     with pytest.raises(BadBlob):
-        server.add_vector(device, bytearray(fleet.vector_bytes))
+        assemble(reply.vector, zeros)
     assert bytes(server.stage.total) == bytes(fleet.vector_bytes)
     assert device in server.waiting_for()
     rehearsal.upload(device)

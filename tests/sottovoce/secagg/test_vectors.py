@@ -29,6 +29,7 @@ from sottovoce.secagg.masks import MaskExpander
 from sottovoce.secagg.server import STAGE_NAMES, ServerSession
 from sottovoce.secagg.server_stages import Abandoned, Unmasked
 from sottovoce.wire import messages
+from sottovoce.wire.chunks import assemble
 from sottovoce.wire.codec import Opened, open_envelope, parse
 from sottovoce.wire.messages import AdvertiseKeys, SecAggParameters
 
@@ -338,8 +339,9 @@ class Session:
         """Let the coordinator hear the answers of one stage."""
         for device, payload in self.stages[stage]["answers"].items():
             server.receive(self.opened((replaced or {}).get(device, payload), device))
-            if stage == "masked_input":
-                server.add_vector(device, bytearray(raw(self.devices[device]["masked_vector"])))
+            announced = server.expected_vector(device)
+            if announced is not None:
+                server.add_vector(device, assemble(announced, raw(self.devices[device]["masked_vector"])))
 
     def server_before(self, stage: str) -> ServerSession:
         """A real coordinator that has gone through the transcript up to `stage`, whose answers are still to come."""

@@ -159,3 +159,33 @@ def test_a_waiting_thread_learns_of_a_takeover():
     MemoryTransport(broker, "pi-1")
     waiting.join(10)
     assert [event.fatal for event in received if isinstance(event, Disconnected)] == [True]
+
+
+def test_only_those_who_have_something_to_receive_are_waiting():
+    broker = MemoryBroker(random.Random(0))
+    coordinator, device = pair(broker)
+    assert broker.waiting() == ["coordinator"]
+    coordinator.receive(0)
+    assert broker.waiting() == []
+    coordinator.publish(DOWN, b"a question")
+    assert broker.waiting() == ["pi-1"]
+    broker.disconnect("pi-1")
+    assert broker.waiting() == []
+    assert isinstance(device.receive(0), Disconnected)
+
+
+def test_an_expired_session_has_lost_its_queue_and_hears_what_is_retained_again():
+    broker = MemoryBroker(random.Random(0))
+    coordinator, device = pair(broker)
+    device.subscribe(TOPICS.round())
+    coordinator.publish(TOPICS.round(), b"announcement", retain=True)
+    assert everything(broker, device) == [b"announcement"]
+    broker.disconnect("pi-1")
+    coordinator.publish(DOWN, b"missed")
+    broker.reconnect("pi-1", resumed=False)
+    assert isinstance(device.receive(0), Disconnected)
+    assert device.receive(0) == Connected(resumed=False)
+    assert device.receive(0) == Delivery(TOPICS.round(), b"announcement", retained=True)
+    assert device.receive(0) is None
+    coordinator.publish(DOWN, b"a question")
+    assert everything(broker, device) == [b"a question"]

@@ -17,6 +17,7 @@ from sottovoce.wire.chunks import (
     Assembly,
     Reassembler,
     VectorChunk,
+    assemble,
     decode_vector_chunk,
     encode_vector_chunk,
     fragments,
@@ -62,8 +63,9 @@ def test_a_repeat_cannot_replace_what_was_verified():
 def test_an_incomplete_assembly_has_no_content():
     assembly = Assembly(blob_ref(b"aabb", chunk_bytes=2))
     assembly.add(1, b"bb")
-    with pytest.raises(BadBlob, match="1 chunks are missing"):
-        assembly.content()
+    for read in (assembly.content, assembly.chunks):
+        with pytest.raises(BadBlob, match="1 chunks are missing"):
+            read()
 
 
 def test_chunks_that_fit_a_whole_that_does_not_are_refused():
@@ -72,6 +74,17 @@ def test_chunks_that_fit_a_whole_that_does_not_are_refused():
     assembly.add(1, b"bb")
     with pytest.raises(BadBlob):
         assembly.content()
+    assert assembly.chunks() == [b"aa", b"bb"], "every byte of it is bound all the same, by the chunks"
+
+
+@given(content=contents, step=st.integers(1, 300))
+def test_content_at_hand_is_assembled_only_under_its_own_reference(content, step):
+    assert assemble(blob_ref(content, chunk_bytes=step), content).content() == content
+    for other in (content + b"x", content[:-1] + bytes([content[-1] ^ 1]) if content else b"\0"):
+        with pytest.raises(BadBlob):
+            assemble(blob_ref(content, chunk_bytes=step), other)
+        with pytest.raises(BadBlob):
+            assemble(blob_ref(other, chunk_bytes=step), content)
 
 
 def test_a_blob_larger_than_the_caller_can_afford_is_refused_first():

@@ -1,0 +1,110 @@
+"""An unmodified Keras model -> a bundle that trains with TFLite built-ins only, proven equal to Keras.
+
+    bundle = export(model, loss="sparse_categorical_crossentropy", optimizer="sgd", path=Path("model.svp"))
+
+The model is traced, not rewritten by its author: `models.keras_tracing` records its operations, `models.gradients`
+makes them again with gradients that devices have. Five self-test steps are computed by Keras itself, eagerly, with its
+own optimizer; the bundle is run on this machine's TFLite runtime, and is only written where both agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from models.export import DELTA, ProgramSource, port_of, scalar_ports, seed_of
+from models.export import export as export_program
+from models.keras_reference import reference_of
+from models.keras_training import Training, functions_of, state_of, training_of
+from sottovoce.bundle import Bundle, Port, Result, encode_bundle
+from sottovoce.types import Array
+
+BATCH_SIZES = (4, 1, 3, 1, 2)
+"""Batch sizes of the self-test's five steps."""
+_TOLERANCE = 1e-4
+
+
+def export(
+    model: Any,
+    *,
+    loss: Any,
+    optimizer: Any = "sgd",
+    batch_spec: Mapping[str, str] | None = None,
+    path: Path | None = None,
+    name: str = "",
+    description: str = "",
+    proximal: float = 0.0,
+) -> Bundle:
+    """Return the bundle of a Keras model with all five roles, and write it to `path` if there is one.
+
+    Broadcast: every trained weight and moving statistic, `learning_rate` float32[1]. Result: `delta`. Metrics: `loss`
+    and, for classes, `correct`, summed over the batch; `evaluate` also counts `examples`. Layers that are not trainable
+    are constants of the program: they are never sent, and not part of the update. Moving statistics of
+    BatchNormalization are part of it, averaged as weights are.
+
+    Args:
+        model: Built, with float32 weights; it is not changed.
+        loss: As in `model.compile`: name or object, for several outputs a list in their order.
+        optimizer: As in `model.compile`: SGD (momentum, nesterov) or Adam, weight_decay, global_clipnorm.
+        batch_spec: Types of the features, in the model's order, as `{"x": "float32[?,28,28,1]"}`; None asks the model.
+        path: Where the bundle goes.
+        name: Of the bundle; None takes the model's.
+        description: One sentence in plain words.
+        proximal: FedProx's mu, at least 0.
+
+    Raises:
+        CannotTrain: The text names the layer and the cure.
+        SelfTestFailed: The runtime's results are not those of Keras.
+    """
+    training = training_of(model, loss=loss, optimizer=optimizer, batch_spec=batch_spec, proximal=proximal)
+    bundle = export_program(source_of(training, name or model.name, description), quickly=True)
+    if path is not None:
+        path.write_bytes(encode_bundle(bundle))
+    return bundle
+
+
+def source_of(training: Training, name: str, description: str) -> ProgramSource:
+    """Return the client program before conversion, with self-test vectors from Keras."""
+    initial = training.initial()
+    metrics = training.metrics
+    deltas = tuple(port_of(DELTA + each, initial[each]) for each in training.learned)
+    batch = (*training.traced.features, *training.labels)
+    batches = random_batches(batch, name)
+    return ProgramSource(
+        name=name,
+        description=description or f"A Keras model of {sum(initial[n].size for n in training.learned)} parameters.",
+        functions=functions_of(training),
+        broadcast=tuple(port_of(each, value) for each, value in initial.items()),
+        state=state_of(training, initial),
+        batch=batch,
+        metrics=scalar_ports(*metrics),
+        results=(Result(name="delta", ports=deltas, updates=training.learned),),
+        features=tuple(port.name for port in training.traced.features),
+        predictions=training.outputs,
+        sums=scalar_ports(*metrics, "examples"),
+        initial=initial,
+        test_broadcast={},
+        test_batches=batches,
+        reference=lambda broadcast, given: reference_of(training, broadcast, given),
+        tolerance=_TOLERANCE,
+    )
+
+
+def random_batches(ports: Sequence[Port], name: str, sizes: Sequence[int] = BATCH_SIZES) -> list[dict[str, Array]]:
+    """Return batches of `sizes` of random examples that fit `ports`; float labels are one class of each row."""
+    random = np.random.default_rng(seed_of(f"batches of {name}"))
+    return [{port.name: _draw(random, port, size) for port in ports} for size in sizes]
+
+
+def _draw(random: np.random.Generator, port: Port, size: int) -> Array:
+    kind = port.tensor_type
+    shape = [size if length is None else length for length in kind.shape]
+    if kind.numpy_dtype.kind == "f":
+        if port.name.startswith("y") and shape[-1] > 1:
+            return np.eye(shape[-1], dtype=np.float32)[random.integers(shape[-1], size=shape[:-1])]
+        return random.uniform(0.0 if port.name.startswith("y") else -1.0, 1.0, shape).astype(np.float32)
+    high = 1 if port.high is None else port.high
+    return random.integers(0, high + 1, shape).astype(kind.numpy_dtype)

@@ -1,0 +1,210 @@
+"""A Keras model as a pure function of its weights: what it reads, what it learns, and its graph made of built-ins.
+
+`trace` runs the model once with symbolic weights and records the operations; `Traced.run` makes them again, in
+TFLite built-ins, wherever they are needed. A weight is *trained*, a *statistic* that the forward pass itself moves (the
+moving mean of BatchNormalization), or *frozen*: then it is a constant of the program and never travels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import tensorflow as tf
+
+from models.gradients import RANDOM, CannotTrain, Uniform, replay, scope_of
+from models.ops import Tensor
+from sottovoce.bundle import Port
+from sottovoce.types import TensorType
+
+keras = tf.keras
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """One forward pass.
+
+    Attributes:
+        outputs: The model's outputs, in order.
+        statistics: The new value of every statistic, by port name.
+        penalty: Sum of the regularisation losses, None where the model has none.
+    """
+
+    outputs: Sequence[Tensor]
+    statistics: Mapping[str, Tensor]
+    penalty: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Traced:
+    """A model as a function.
+
+    Attributes:
+        model: The Keras model.
+        features: One port for each input, in the model's order.
+        trained: Port name -> Keras variable, what the gradient changes.
+        statistics: The same for what the forward pass changes.
+        graphs: training -> (graph, names of placeholders, outputs, moved statistics, penalty).
+    """
+
+    model: Any
+    features: tuple[Port, ...]
+    trained: Mapping[str, Any]
+    statistics: Mapping[str, Any]
+    graphs: Mapping[bool, _Graph]
+
+    @property
+    def is_random(self) -> bool:
+        """Whether training draws random numbers, as Dropout does."""
+        return any(op.type in RANDOM for op in self.graphs[True].whole.get_operations())
+
+    def run(self, values: Mapping[str, Tensor], *, training: bool, uniform: Uniform, as_it_is: bool = False) -> Pass:
+        """Return a forward pass in the current graph.
+
+        Args:
+            values: Every trained weight, statistic and feature by name.
+            training: As Keras means it.
+            uniform: See `models.gradients.replay`.
+            as_it_is: Likewise.
+        """
+        graph = self.graphs[training]
+        known = {tensor: values[name] for name, tensor in graph.inputs.items() if name in values}
+        frozen = {tensor: tf.constant(value) for tensor, value in graph.constants.items() if tensor not in known}
+        penalties = [] if graph.penalty is None else [graph.penalty]
+        wanted = [*graph.outputs, *graph.statistics.values(), *penalties]
+        found = replay(wanted, {**frozen, **known}, uniform=uniform, as_it_is=as_it_is)
+        count = len(graph.outputs)
+        moved = dict(zip(graph.statistics, found[count : count + len(graph.statistics)], strict=True))
+        outputs = [tf.identity(tensor) for tensor in found[:count]]
+        return Pass(outputs, moved, found[-1] if penalties else None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Graph:
+    """What one trace found: tensors of its graph, and values of what it reads from outside."""
+
+    inputs: Mapping[str, str]
+    constants: Mapping[str, Any]
+    outputs: Sequence[Tensor]
+    statistics: Mapping[str, Tensor]
+    penalty: Tensor | None
+    whole: Any
+
+
+def trace(model: Any, features: Sequence[Port]) -> Traced:
+    """Return `model` as a function of its weights.
+
+    Raises:
+        CannotTrain: The model cannot be traced with an unknown batch size, or does not compute in float32.
+    """
+    policy = str(getattr(model.dtype_policy, "compute_dtype", "float32"))
+    if policy != "float32":
+        raise CannotTrain(f"the model computes in {policy}; set keras.config.set_dtype_policy('float32')")
+    names = _names(model)
+    graphs = {training: _traced(model, features, names, training) for training in (True, False)}
+    trained = {names[id(v)]: v for v in model.trainable_variables}
+    if not trained:
+        raise CannotTrain("the model has no weight to train; set layer.trainable = True where it shall learn")
+    moved = {names[id(v)]: v for v in model.non_trainable_variables if names[id(v)] in graphs[True].statistics}
+    return Traced(model, tuple(features), trained, moved, graphs)
+
+
+def _names(model: Any) -> dict[int, str]:
+    """Return a port name for every weight by its id: the layer's path and the weight's name."""
+    found: dict[int, str] = {}
+    for variable in model.variables:
+        name = re.sub(r"\W", "_", variable.path.removeprefix(f"{model.name}/"))
+        while name in found.values():
+            name += "_"
+        found[id(variable)] = name
+    return found
+
+
+def _traced(model: Any, features: Sequence[Port], names: Mapping[int, str], training: bool) -> _Graph:
+    trainable, others = model.trainable_variables, model.non_trainable_variables
+    specs = [tf.TensorSpec(kind.shape, kind.dtype) for kind in (TensorType.parse(port.type) for port in features)]
+
+    def forward(trained: list[Tensor], rest: list[Tensor], inputs: list[Tensor]) -> Any:
+        return model.stateless_call(trained, rest, packed(model, inputs), training=training, return_losses=True)
+
+    weights = [[tf.TensorSpec(v.shape, v.dtype) for v in part] for part in (trainable, others)]
+    with unrolled(model), _labelled(model):
+        graph = tf.function(forward, autograph=False).get_concrete_function(*weights, specs).graph
+    outputs, moved, losses = graph.structured_outputs
+    placeholders = graph.inputs[: len(trainable) + len(others) + len(specs)]
+    order = [*(names[id(v)] for v in (*trainable, *others)), *(port.name for port in features)]
+    inputs = dict(zip(order, (tensor.name for tensor in placeholders), strict=True))
+    statistics = {}
+    for variable, tensor in zip(others, moved, strict=True):
+        source = source_of(tensor)
+        if source.name != inputs[names[id(variable)]] and variable.dtype == "float32":
+            statistics[names[id(variable)]] = tensor
+    values = {inputs[names[id(v)]]: v.numpy() for v in others}
+    captured = {inside.name: outside.numpy() for outside, inside in graph.captures if outside.dtype != tf.resource}
+    return _Graph(inputs, {**values, **captured}, tf.nest.flatten(outputs), statistics, _added(graph, losses), graph)
+
+
+def source_of(tensor: Tensor) -> Tensor:
+    """Return what `tensor` is a mere copy of."""
+    while tensor.op.type == "Identity":
+        tensor = tensor.op.inputs[0]
+    return tensor
+
+
+def _added(graph: Any, losses: Sequence[Tensor]) -> Tensor | None:
+    if not losses:
+        return None
+    with graph.as_default():
+        return tf.add_n([tf.reshape(loss, []) for loss in losses])
+
+
+def packed(model: Any, inputs: Sequence[Any]) -> Any:
+    """Return `inputs` as the model's call takes them: one tensor, a list, or the dict that it was built with."""
+    structure = getattr(model, "_inputs_struct", None)
+    if isinstance(structure, dict):
+        return dict(zip(sorted(structure), inputs, strict=True))
+    return inputs[0] if len(inputs) == 1 else list(inputs)
+
+
+@contextlib.contextmanager
+def unrolled(model: Any) -> Iterator[None]:
+    """While it lasts every recurrent layer of `model` is unrolled: devices have no loop with a gradient."""
+    layers = [layer for layer in every_layer(model) if isinstance(layer, keras.layers.RNN) and not layer.unroll]
+    for layer in layers:
+        layer.unroll = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.unroll = False
+
+
+@contextlib.contextmanager
+def _labelled(model: Any) -> Iterator[None]:
+    """While it lasts every operation is named after the layer that makes it; Keras' own scopes count up at random."""
+    layers = every_layer(model)
+    for layer in layers:
+        vars(layer)["call"] = _in_scope(scope_of(layer.name), layer.call)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del vars(layer)["call"]
+
+
+def _in_scope(scope: str, call: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(call)
+    def labelled(*arguments: Any, **options: Any) -> Any:
+        with tf.name_scope(scope):
+            return call(*arguments, **options)
+
+    return labelled
+
+
+def every_layer(model: Any) -> list[Any]:
+    """Return all layers of `model`, those within layers included, each once."""
+    return list(model._flatten_layers(include_self=False, recursive=True))

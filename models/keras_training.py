@@ -1,0 +1,213 @@
+"""A Keras model with its loss and optimizer as the five pure functions of a client program.
+
+What the state holds beside weights, statistics and the learning rate: the optimizer's slots, the number of steps, and
+for FedProx the weights that were broadcast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from models.export import DELTA, LOCAL, Arrays, Function, Tensors, port_of, scalar_ports, take
+from models.gradients import CannotTrain, built_in_gradients, slopes
+from models.keras_dropout import uniform_of
+from models.keras_losses import Loss, loss_of
+from models.keras_optimizers import ClientOptimizer, optimizer_of
+from models.keras_tracing import Pass, Traced, trace
+from models.ops import Tensor
+from sottovoce.bundle import Port, RoleName
+from sottovoce.types import Array
+
+keras = tf.keras
+STEPS = "steps"
+_BEFORE = "before_"
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """A model with everything that training it takes.
+
+    Attributes:
+        traced: The model as a function.
+        losses: One for each output.
+        labels: The port of each output's labels.
+        outputs: The port of each output.
+        optimizer: The client optimizer.
+        proximal: FedProx's mu: mu / 2 * ||w - w0||^2 is added to the loss, w0 the broadcast weights.
+    """
+
+    traced: Traced
+    losses: tuple[Loss, ...]
+    labels: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    optimizer: ClientOptimizer
+    proximal: float
+
+    @property
+    def learned(self) -> tuple[str, ...]:
+        """Names of what the update holds: trained weights, then statistics."""
+        return (*self.traced.trained, *self.traced.statistics)
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """`loss`, and `correct` for every output whose labels are classes."""
+        kinds = [loss.kind for loss in self.losses]
+        single = len(kinds) == 1
+        pairs = zip(kinds, self.outputs, strict=True)
+        right = ["correct" if single else f"correct_{port.name}" for kind, port in pairs if "crossentropy" in kind]
+        return ("loss", *right)
+
+    def initial(self) -> dict[str, Array]:
+        """Return the first value of every broadcast port: the model's weights as they are, and the learning rate."""
+        weights = {**self.traced.trained, **self.traced.statistics}
+        rate = np.array([self.optimizer.learning_rate], np.float32)
+        return {**{name: variable.numpy() for name, variable in weights.items()}, "learning_rate": rate}
+
+
+def training_of(
+    model: Any, *, loss: Any, optimizer: Any, batch_spec: Mapping[str, str] | None = None, proximal: float = 0.0
+) -> Training:
+    """Return `model` as a function with its losses, labels and optimizer; see `export`.
+
+    Raises:
+        CannotTrain: The text names the layer and the cure.
+    """
+    if not model.built:
+        raise CannotTrain("the model has no weights yet; give it an Input layer, or call it once")
+    features = _features(model, batch_spec)
+    traced = trace(model, features)
+    outputs = traced.graphs[False].outputs
+    identifiers = list(loss) if isinstance(loss, (list, tuple)) else [loss] * len(outputs)
+    if len(identifiers) != len(outputs):
+        raise CannotTrain(f"the model has {len(outputs)} outputs and {len(identifiers)} losses; give one for each")
+    losses = tuple(map(loss_of, identifiers))
+    single = len(outputs) == 1
+    names = ["prediction"] if single else [f"prediction_{i}" for i in range(len(outputs))]
+    labels = ["y"] if single else [f"y_{i}" for i in range(len(outputs))]
+    return Training(
+        traced=traced,
+        losses=losses,
+        labels=tuple(each.label(label, out) for each, label, out in zip(losses, labels, outputs, strict=True)),
+        outputs=tuple(Port(name=n, type=_type(out)) for n, out in zip(names, outputs, strict=True)),
+        optimizer=optimizer_of(optimizer),
+        proximal=proximal,
+    )
+
+
+def _features(model: Any, batch_spec: Mapping[str, str] | None) -> tuple[Port, ...]:
+    if batch_spec is not None:
+        return tuple(Port(name=name, type=kind) for name, kind in batch_spec.items())
+    inputs = getattr(model, "inputs", None)
+    if not inputs:
+        raise CannotTrain("the model does not say what it reads; pass batch_spec, as {'x': 'float32[?,28,28,1]'}")
+    names = ["x"] if len(inputs) == 1 else [tensor.name for tensor in inputs]
+    return tuple(_feature(model, name, tensor) for name, tensor in zip(names, inputs, strict=True))
+
+
+def _feature(model: Any, name: str, tensor: Any) -> Port:
+    """Return the port of an input; what an Embedding reads must be a row of its table."""
+    if None in tensor.shape[1:]:
+        raise CannotTrain(f"input {name!r} has the shape {tensor.shape}; only the batch may be unknown: fix the others")
+    rows = [
+        layer.input_dim for layer in model.layers if isinstance(layer, keras.layers.Embedding) and layer.input is tensor
+    ]
+    high = min(rows) - 1 if rows else None
+    dtype = "int32" if str(tensor.dtype).startswith("int") else "float32"
+    return Port(name=name, type=_type(tensor, dtype), low=0 if rows else None, high=high)
+
+
+def _type(tensor: Any, dtype: str = "float32") -> str:
+    return f"{dtype}[{','.join('?' if i == 0 else str(length) for i, length in enumerate(tensor.shape))}]"
+
+
+# --- The five roles.
+
+
+def functions_of(training: Training) -> dict[RoleName, Function]:
+    """Return the roles as functions of named tensors, to be called while a graph is made."""
+    return {
+        "begin": lambda tensors: _begin(training, tensors),
+        "step": lambda tensors: _step(training, tensors),
+        "finish": lambda tensors: {DELTA + n: tensors[LOCAL + n] - tensors[n] for n in training.learned},
+        "infer": lambda tensors: _infer(training, tensors),
+        "evaluate": lambda tensors: _evaluate(training, tensors),
+    }
+
+
+def _slots(training: Training) -> list[tuple[str, str]]:
+    """Return (state port without its prefix, weight) for everything that the optimizer remembers."""
+    return [(prefix + name, name) for prefix in training.optimizer.slots for name in training.traced.trained]
+
+
+def state_of(training: Training, initial: Arrays) -> tuple[Port, ...]:
+    """Return the ports that go from step to step."""
+    kept = {**initial, **{slot: initial[name] for slot, name in _slots(training)}}
+    if training.proximal:
+        kept |= {_BEFORE + name: initial[name] for name in training.traced.trained}
+    return (*(port_of(LOCAL + name, value) for name, value in kept.items()), *scalar_ports(LOCAL + STEPS))
+
+
+def _begin(training: Training, tensors: Tensors) -> Tensors:
+    zero = tensors["learning_rate"] * 0.0
+    state = {LOCAL + name: tf.identity(value) for name, value in tensors.items()}
+    state |= {LOCAL + slot: tensors[name] * 0.0 for slot, name in _slots(training)}
+    if training.proximal:
+        state |= {LOCAL + _BEFORE + name: tf.identity(tensors[name]) for name in training.traced.trained}
+    return {**state, LOCAL + STEPS: zero}
+
+
+def _step(training: Training, tensors: Tensors) -> Tensors:
+    weights = take(training.traced.trained, tensors, prefix=LOCAL)
+    statistics = take(training.traced.statistics, tensors, prefix=LOCAL)
+    rate, steps = tensors[LOCAL + "learning_rate"], tensors[LOCAL + STEPS]
+    with built_in_gradients():
+        found = forward(training, {**weights, **statistics}, tensors, steps, is_training=True)
+        losses, metrics = _scores(training, found, tensors)
+        total = tf.reduce_mean(losses) if found.penalty is None else tf.reduce_mean(losses) + found.penalty
+    directions = dict(zip(weights, slopes(total, list(weights.values())), strict=True))
+    state = {LOCAL + "learning_rate": tf.identity(rate), LOCAL + STEPS: steps + 1.0}
+    if training.proximal:
+        before = take(weights, tensors, prefix=LOCAL + _BEFORE)
+        directions = {n: d + training.proximal * (weights[n] - before[n]) for n, d in directions.items()}
+        state |= {LOCAL + _BEFORE + name: tf.identity(value) for name, value in before.items()}
+    slots = take([slot for slot, _ in _slots(training)], tensors, prefix=LOCAL)
+    moved = training.optimizer.apply(weights, directions, slots, rate=rate, step=steps)
+    return {**state, **{LOCAL + n: v for n, v in {**moved, **found.statistics}.items()}, **metrics}
+
+
+def _infer(training: Training, tensors: Tensors) -> Tensors:
+    found = forward(training, tensors, tensors, tf.zeros([1]), is_training=False)
+    return {port.name: output for port, output in zip(training.outputs, found.outputs, strict=True)}
+
+
+def _evaluate(training: Training, tensors: Tensors) -> Tensors:
+    found = forward(training, tensors, tensors, tf.zeros([1]), is_training=False)
+    losses, metrics = _scores(training, found, tensors)
+    return {**metrics, "examples": _sum(tf.ones_like(losses))}
+
+
+def forward(
+    training: Training, weights: Tensors, batch: Tensors, step: Tensor, *, is_training: bool, as_it_is: bool = False
+) -> Pass:
+    """Return a forward pass of `batch` in the current graph; see `models.keras_tracing.Traced.run`."""
+    features = take([port.name for port in training.traced.features], batch)
+    uniform = uniform_of(list(features.values()), step)
+    return training.traced.run({**weights, **features}, training=is_training, uniform=uniform, as_it_is=as_it_is)
+
+
+def _scores(training: Training, found: Pass, batch: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the loss of each example over all outputs, and the metrics, summed over the batch."""
+    triples = list(zip(training.losses, found.outputs, training.labels, strict=True))
+    losses = tf.add_n([loss.per_example(output, batch[port.name]) for loss, output, port in triples])
+    hits = [loss.correct(output, batch[port.name]) for loss, output, port in triples]
+    sums = [losses, *(hit for hit in hits if hit is not None)]
+    return losses, {name: _sum(values) for name, values in zip(training.metrics, sums, strict=True)}
+
+
+def _sum(values: Tensor) -> Tensor:
+    return tf.reshape(tf.reduce_sum(values), [1])

@@ -1,0 +1,122 @@
+"""What of a Keras model will train on a device, layer by layer, before anything is converted.
+
+`lint` traces the model, and for every layer says `trains`, `frozen`, `only infers` or `cannot run`, why, and what to do
+about it. It goes by the operations that a layer really makes, not by its class, so a layer that its author wrote counts
+like any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import tensorflow as tf
+
+from models.gradients import LOOPS, RANDOM, CannotTrain, layer_of
+from models.gradients_registry import GRADIENTS, SUBSTITUTES
+from models.keras_tracing import Traced, every_layer
+
+keras = tf.keras
+Verdict: TypeAlias = Literal["trains", "frozen", "has no weights", "only infers", "cannot run"]
+
+_SHAPES_ONLY = frozenset(
+    {
+        *("Const", "Placeholder", "Identity", "NoOp", "Shape", "Range", "Fill", "ZerosLike", "OnesLike", "Prod", "Rank"),
+        *("Greater", "GreaterEqual", "Less", "LessEqual", "Equal", "NotEqual", "FloorMod", "FloorDiv", "ArgMax"),
+        *("LogicalAnd", "LogicalOr", "LogicalNot", "OneHot", "Any", "All", "StatelessRandomGetKeyCounter"),
+    }
+)
+"""Operations through which no gradient flows, and which devices have."""
+_CURES: Mapping[str, str] = {
+    "ResizeBilinear": "replace UpSampling2D(interpolation='bilinear') by UpSampling2D (nearest) or Conv2DTranspose",
+    "Conv3D": "replace Conv3D by Conv2D over one axis folded into the channels",
+    "MaxPool3D": "replace pooling in 3D by MaxPooling2D",
+    "FFT": "compute spectra before training, in the collection of examples",
+    "Qr": "train without an orthogonal constraint",
+    "StatelessRandomNormalV2": "replace GaussianNoise by Dropout",
+    "StatelessRandomGammaV3": "replace AlphaDropout by Dropout",
+    "StatelessTruncatedNormal": "replace random noise by Dropout",
+    "While": "replace the loop by a recurrent layer of Keras, which is unrolled, or by a fixed number of layers",
+}
+"""Operation type -> what to use in the layer's place."""
+_OTHERWISE = "replace the layer by ones of the list in docs/authoring-models.md, or freeze it (layer.trainable = False)"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What becomes of one layer.
+
+    Attributes:
+        layer: Its name.
+        kind: Its class.
+        verdict: What it does on a device.
+        parameters: Number of its weights, those of layers within it included.
+        problem: Operations that stand in the way; empty where none does.
+        cure: What to do about them.
+    """
+
+    layer: str
+    kind: str
+    verdict: Verdict
+    parameters: int
+    problem: str = ""
+    cure: str = ""
+
+
+def lint(traced: Traced) -> list[Finding]:
+    """Return one finding for each layer that has weights or makes operations, in the model's order."""
+    missing = _missing(traced)
+    return [_finding(layer, missing.get(layer.name, ())) for layer in every_layer(traced.model) if _counts(layer)]
+
+
+def _counts(layer: Any) -> bool:
+    return not isinstance(layer, (keras.layers.InputLayer, keras.Sequential, keras.Model))
+
+
+def _missing(traced: Traced) -> dict[str, tuple[str, ...]]:
+    """Return for each layer the types of the operations that have neither a gradient nor a substitute."""
+    found: dict[str, set[str]] = {}
+    known = GRADIENTS.keys() | SUBSTITUTES.keys() | _SHAPES_ONLY | RANDOM
+    for op in traced.graphs[True].whole.get_operations():
+        if op.type not in known:
+            found.setdefault(layer_of(op.name), set()).add(op.type)
+    return {layer: tuple(sorted(kinds)) for layer, kinds in found.items()}
+
+
+def _finding(layer: Any, missing: Sequence[str]) -> Finding:
+    parameters = int(layer.count_params()) if layer.built else 0
+    verdict: Verdict = "has no weights"
+    if parameters:
+        verdict = "trains" if layer.trainable_variables else "frozen"
+    if missing:
+        verdict = "cannot run" if LOOPS & set(missing) else "only infers"
+    cure = next((_CURES[kind] for kind in missing if kind in _CURES), _OTHERWISE) if missing else ""
+    return Finding(layer.name, type(layer).__name__, verdict, parameters, ", ".join(missing), cure)
+
+
+def refuse(traced: Traced) -> None:
+    """Raise CannotTrain for the first layer that stands in the way of training.
+
+    Raises:
+        CannotTrain: The text names the layer, the operations and the cure.
+    """
+    for finding in lint(traced):
+        if finding.problem:
+            raise CannotTrain(
+                f"layer {finding.layer!r} ({finding.kind}) {finding.verdict} on a device: no gradient there for "
+                f"{finding.problem}; {finding.cure}"
+            )
+
+
+def table(findings: Sequence[Finding]) -> list[str]:
+    """Return the lines of a table of `findings`, cures below it."""
+    heads = ("layer", "class", "parameters", "on a device")
+    rows = [(f.layer, f.kind, str(f.parameters), f.verdict) for f in findings]
+    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (heads, *rows)]
+    cures = [f"{f.layer}: {f.problem} {_ARE}; {f.cure}" for f in findings if f.problem]
+    return [line.rstrip() for line in lines] + ([""] + cures if cures else [])
+
+
+_ARE = "cannot be differentiated with TFLite built-ins"
