@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from sottovoce.language.ports import RoundSums
-from sottovoce.plan import Aggregation, Plan
+from sottovoce.plan import Aggregation, Plan, counts_devices
 from sottovoce.types import Array
 
 
@@ -20,7 +20,8 @@ def thresholded(sums: RoundSums, plan: Plan) -> RoundSums:
     """Return `sums` with 0 in every entry that fewer devices than the plan's threshold have contributed to.
 
     An entry's devices are counted by the aggregation with `presence_of`; the entries of the aggregation that it counts
-    for, of those that follow that one, and the count itself become 0. Aggregations without such a count stay.
+    for, of those that follow that one, and the count itself become 0. An aggregation of counts up to 1 counts its own.
+    Aggregations without such a count stay.
 
     Args:
         sums: What a round brought.
@@ -29,7 +30,8 @@ def thresholded(sums: RoundSums, plan: Plan) -> RoundSums:
     threshold = plan.privacy.threshold
     if not threshold:
         return sums
-    counts = {a.presence_of: sums.sums[a.name] for a in plan.aggregations if a.presence_of}
+    own = {a.name: sums.sums[a.name] for a in plan.aggregations if counts_devices(a)}
+    counts = own | {a.presence_of: sums.sums[a.name] for a in plan.aggregations if a.presence_of}
     kept = {
         aggregation.name: _kept(sums.sums[aggregation.name], counts.get(_counted_as(aggregation)), threshold)
         for aggregation in plan.aggregations

@@ -1,7 +1,8 @@
 """From the messages of a collection to the rows that a client program reads: what a plan's extraction asks for.
 
-The extractors are the device's own (`sottovoce.text`); a plan only names one and brings vocabularies. A row is what an
-extractor finds whose every word stands in its vocabulary, as indices; a message may give many rows or none.
+The extractors are the device's own (`sottovoce.text`, `sottovoce.sketches`); a plan only names one and brings
+vocabularies, or the numbers of a sketch. A row is what an extractor finds whose every word stands in its vocabulary, as
+indices, or an entry of the sketch; a message may give many rows or none.
 """
 
 from __future__ import annotations
@@ -12,8 +13,14 @@ import numpy as np
 
 from sottovoce.errors import BadExamples
 from sottovoce.plan import Extraction
-from sottovoce.text import EXTRACTORS, PORTS
+from sottovoce.sketches import EXTRACTORS as SKETCHES
+from sottovoce.sketches import sketch_columns
+from sottovoce.text import EXTRACTORS as WORDS
+from sottovoce.text import PORTS
 from sottovoce.types import Array
+
+EXTRACTORS = (*WORDS, *sorted(SKETCHES))
+"""The extractors that this device has."""
 
 
 def messages_of(extraction: Extraction, columns: Mapping[str, Array]) -> list[str]:
@@ -33,13 +40,15 @@ def messages_of(extraction: Extraction, columns: Mapping[str, Array]) -> list[st
 
 
 def extract(extraction: Extraction, messages: list[str]) -> dict[str, Array]:
-    """Return the rows of `messages`, in order: port of the extractor -> int32 indices, equally many for each.
+    """Return the rows of `messages`, in order: port of the extractor -> int32, equally many for each.
 
     Args:
         extraction: One whose extractor this device has (`edge_agent.policy` refuses others by name).
         messages: Text.
     """
-    find, ports = EXTRACTORS[extraction.extractor], PORTS[extraction.extractor]
+    if extraction.sketch is not None:
+        return sketch_columns(extraction.extractor, extraction.sketch, messages)
+    find, ports = WORDS[extraction.extractor], PORTS[extraction.extractor]
     places = [{word: index for index, word in enumerate(words)} for words in extraction.vocabularies]
     rows = [
         [place[word] for place, word in zip(places, found, strict=True)]

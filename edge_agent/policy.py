@@ -11,10 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
+from edge_agent.extraction import EXTRACTORS
 from sottovoce.errors import ConfigError, PolicyRefusal
 from sottovoce.plan import Counted, Plan, Quantised
 from sottovoce.secagg.client import ClientTerms
-from sottovoce.text import EXTRACTORS
 from sottovoce.wire.messages import Mode
 
 Allowed: TypeAlias = Literal["all"] | tuple[str, ...]

@@ -118,7 +118,8 @@ def _successors(published: Published, word: str) -> dict[str, int]:
     aggregation, (first, second) = _table_of(published), _extraction(published).vocabularies
     if aggregation is None or word not in first:
         return {}
-    row = published.sums[aggregation.name].reshape(len(first), len(second))[first.index(word)]
+    start = first.index(word) * len(second)
+    row = published.sums[aggregation.name].reshape(-1)[start : start + len(second)]
     return {second[index]: int(row[index]) for index in row.nonzero()[0]}
 
 
@@ -130,7 +131,10 @@ def _extraction(published: Published) -> Extraction:
 
 
 def _table_of(published: Published) -> Aggregation | None:
-    """Return the aggregation that counts every pair of the two vocabularies, None if there is no such."""
+    """Return the aggregation that counts every pair of the two vocabularies, None if there is no such.
+
+    Its first entries are the table, the second words running fastest; a counting program may have more of them.
+    """
     extraction = published.plan.extraction
     if extraction is None or extraction.extractor != EXTRACTOR:
         return None
@@ -138,6 +142,6 @@ def _table_of(published: Published) -> Aggregation | None:
     for aggregation in published.plan.aggregations:
         counted = isinstance(aggregation.encoding, Counted) and not aggregation.presence_of and not aggregation.follows
         tensor = published.sums.get(aggregation.name)
-        if counted and tensor is not None and tensor.size == len(first) * len(second):
+        if counted and tensor is not None and tensor.size >= len(first) * len(second):
             return aggregation
     return None

@@ -35,3 +35,35 @@ def get_fraction_over_threshold(readings, threshold):  # type: ignore[no-untyped
     """The fraction of devices that are warmer than a threshold."""
     above = sv.federated_map(exceeds, (readings, sv.federated_broadcast(threshold)))
     return sv.federated_mean(sv.federated_map(sv.cast("float32"), above))
+
+
+def ask(readings, threshold: float) -> None:  # type: ignore[no-untyped-def]
+    """Ask both questions, wherever computations run at the moment, and print the answers."""
+    print(f"mean temperature: {get_mean_temperature(readings):.2f}")
+    print(f"devices above {threshold:g}: {get_fraction_over_threshold(readings, threshold):.1%}")
+
+
+def main() -> None:
+    """Run the example where the command line says."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--fleet", type=int, metavar="N", help="on N devices simulated in this process")
+    where.add_argument("--config", metavar="FILE", help="on the fleet of a running coordinator")
+    parser.add_argument("--threshold", type=float, default=21.0, metavar="X", help="degrees Celsius (%(default)s)")
+    options = parser.parse_args()
+    if options.fleet:
+        import simulation
+
+        with simulation.fleet(devices=options.fleet):
+            ask(sv.latest("temperature"), options.threshold)
+    elif options.config:
+        import coordinator
+
+        with coordinator.connect(options.config):
+            ask(sv.latest("temperature"), options.threshold)
+    else:
+        ask([68.5, 70.3, 69.8], 70.0)
+
+
+if __name__ == "__main__":
+    main()

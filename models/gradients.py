@@ -134,8 +134,8 @@ def slopes(total: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
     try:
         with built_in_gradients():
             found = tf.gradients(total, list(weights), unconnected_gradients="zero")
-    except (LookupError, NotImplementedError, TypeError) as error:
-        raise CannotTrain(f"cannot train: {error}") from error
+    except (LookupError, NotImplementedError) as error:
+        raise CannotTrain(f"layer {layer_of(str(error))!r} cannot train: {error}") from error
     _forget(graph.get_operations())
     return list(found)
 

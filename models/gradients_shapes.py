@@ -114,7 +114,8 @@ def _slices(op: Operation) -> list[tuple[int | None, slice]]:
     found: list[tuple[int | None, slice]] = []
     for i in range(len(begin)):
         if masks["ellipsis"] >> i & 1:
-            found += [(lengths[len(found)], slice(None)) for _ in range(len(lengths) - count)]
+            whole = lengths[len(found) : len(found) + len(lengths) - count]
+            found += [(length, slice(None)) for length in whole]
         elif not masks["new_axis"] >> i & 1:
             start, stop = begin[i], end[i]
             if masks["shrink_axis"] >> i & 1:
@@ -143,13 +144,16 @@ def spaced(x: Tensor, axis: int, step: int) -> Tensor:
 @gradient_of("Tile")
 def _tile(op: Operation, dy: Tensor) -> tuple[Tensor, None]:
     """Split every repeated axis into (times, length) and add over the times."""
-    x = op.inputs[0]
-    lengths = x.shape.as_list()
-    for axis, times in enumerate(int(i) for i in constant_of(op.inputs[1])):
-        if times != 1:
-            before, after = dy.shape.as_list()[:axis], dy.shape.as_list()[axis + 1 :]
-            split = [-1 if length is None else length for length in (*before, times, lengths[axis], *after)]
-            dy = tf.reduce_sum(tf.reshape(dy, split), axis=axis)
+    before, after = op.inputs[0].shape.as_list(), op.outputs[0].shape.as_list()
+    for axis, (length, tiled) in enumerate(zip(before, after, strict=True)):
+        if length == 1 and tiled != 1:
+            dy = tf.reduce_sum(dy, axis=axis, keepdims=True)
+        elif length != tiled:
+            if length is None or tiled is None:
+                raise NotImplementedError(f"{op.name!r} repeats examples of the batch")
+            rest = [-1 if each is None else each for each in after[axis + 1 :]]
+            first = [-1 if each is None else each for each in before[:axis]]
+            dy = tf.reduce_sum(tf.reshape(dy, [*first, tiled // length, length, *rest]), axis=axis)
     return dy, None
 
 

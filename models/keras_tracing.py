@@ -101,6 +101,8 @@ def trace(model: Any, features: Sequence[Port]) -> Traced:
     Raises:
         CannotTrain: The model cannot be traced with an unknown batch size, or does not compute in float32.
     """
+    if not model.built:
+        raise CannotTrain("the model has no weights yet; give it an Input layer, or call it once")
     policy = str(getattr(model.dtype_policy, "compute_dtype", "float32"))
     if policy != "float32":
         raise CannotTrain(f"the model computes in {policy}; set keras.config.set_dtype_policy('float32')")
@@ -111,6 +113,38 @@ def trace(model: Any, features: Sequence[Port]) -> Traced:
         raise CannotTrain("the model has no weight to train; set layer.trainable = True where it shall learn")
     moved = {names[id(v)]: v for v in model.non_trainable_variables if names[id(v)] in graphs[True].statistics}
     return Traced(model, tuple(features), trained, moved, graphs)
+
+
+def features_of(model: Any, batch_spec: Mapping[str, str] | None = None) -> tuple[Port, ...]:
+    """Return one port for each input of `model`: those of `batch_spec`, else what the model says.
+
+    Raises:
+        CannotTrain: The model does not say what it reads, or another dimension than the batch is unknown.
+    """
+    if batch_spec is not None:
+        return tuple(Port(name=name, type=kind) for name, kind in batch_spec.items())
+    inputs = getattr(model, "inputs", None)
+    if not inputs:
+        raise CannotTrain("the model does not say what it reads; pass batch_spec, as {'x': 'float32[?,28,28,1]'}")
+    names = ["x"] if len(inputs) == 1 else [tensor.name for tensor in inputs]
+    return tuple(_feature(model, name, tensor) for name, tensor in zip(names, inputs, strict=True))
+
+
+def _feature(model: Any, name: str, tensor: Any) -> Port:
+    """Return the port of an input; what an Embedding reads must be a row of its table."""
+    if None in tensor.shape[1:]:
+        raise CannotTrain(f"input {name!r} has the shape {tensor.shape}; only the batch may be unknown: fix the others")
+    rows = [
+        layer.input_dim for layer in model.layers if isinstance(layer, keras.layers.Embedding) and layer.input is tensor
+    ]
+    high = min(rows) - 1 if rows else None
+    dtype = "int32" if str(tensor.dtype).startswith("int") else "float32"
+    return Port(name=name, type=port_type(tensor, dtype), low=0 if rows else None, high=high)
+
+
+def port_type(tensor: Any, dtype: str = "float32") -> str:
+    """Return the type of `tensor` in the notation, its first dimension the batch."""
+    return f"{dtype}[{','.join('?' if i == 0 else str(length) for i, length in enumerate(tensor.shape))}]"
 
 
 def _names(model: Any) -> dict[int, str]:

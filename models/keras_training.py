@@ -18,7 +18,8 @@ from models.gradients import CannotTrain, built_in_gradients, slopes
 from models.keras_dropout import uniform_of
 from models.keras_losses import Loss, loss_of
 from models.keras_optimizers import ClientOptimizer, optimizer_of
-from models.keras_tracing import Pass, Traced, trace
+from models.keras_tracing import Pass, Traced, features_of, port_type, trace
+from models.lint import refuse
 from models.ops import Tensor
 from sottovoce.bundle import Port, RoleName
 from sottovoce.types import Array
@@ -77,10 +78,9 @@ def training_of(
     Raises:
         CannotTrain: The text names the layer and the cure.
     """
-    if not model.built:
-        raise CannotTrain("the model has no weights yet; give it an Input layer, or call it once")
-    features = _features(model, batch_spec)
+    features = features_of(model, batch_spec)
     traced = trace(model, features)
+    refuse(traced)
     outputs = traced.graphs[False].outputs
     identifiers = list(loss) if isinstance(loss, (list, tuple)) else [loss] * len(outputs)
     if len(identifiers) != len(outputs):
@@ -93,36 +93,10 @@ def training_of(
         traced=traced,
         losses=losses,
         labels=tuple(each.label(label, out) for each, label, out in zip(losses, labels, outputs, strict=True)),
-        outputs=tuple(Port(name=n, type=_type(out)) for n, out in zip(names, outputs, strict=True)),
+        outputs=tuple(Port(name=n, type=port_type(out)) for n, out in zip(names, outputs, strict=True)),
         optimizer=optimizer_of(optimizer),
         proximal=proximal,
     )
-
-
-def _features(model: Any, batch_spec: Mapping[str, str] | None) -> tuple[Port, ...]:
-    if batch_spec is not None:
-        return tuple(Port(name=name, type=kind) for name, kind in batch_spec.items())
-    inputs = getattr(model, "inputs", None)
-    if not inputs:
-        raise CannotTrain("the model does not say what it reads; pass batch_spec, as {'x': 'float32[?,28,28,1]'}")
-    names = ["x"] if len(inputs) == 1 else [tensor.name for tensor in inputs]
-    return tuple(_feature(model, name, tensor) for name, tensor in zip(names, inputs, strict=True))
-
-
-def _feature(model: Any, name: str, tensor: Any) -> Port:
-    """Return the port of an input; what an Embedding reads must be a row of its table."""
-    if None in tensor.shape[1:]:
-        raise CannotTrain(f"input {name!r} has the shape {tensor.shape}; only the batch may be unknown: fix the others")
-    rows = [
-        layer.input_dim for layer in model.layers if isinstance(layer, keras.layers.Embedding) and layer.input is tensor
-    ]
-    high = min(rows) - 1 if rows else None
-    dtype = "int32" if str(tensor.dtype).startswith("int") else "float32"
-    return Port(name=name, type=_type(tensor, dtype), low=0 if rows else None, high=high)
-
-
-def _type(tensor: Any, dtype: str = "float32") -> str:
-    return f"{dtype}[{','.join('?' if i == 0 else str(length) for i, length in enumerate(tensor.shape))}]"
 
 
 # --- The five roles.
@@ -211,3 +185,8 @@ def _scores(training: Training, found: Pass, batch: Tensors) -> tuple[Tensor, di
 
 def _sum(values: Tensor) -> Tensor:
     return tf.reshape(tf.reduce_sum(values), [1])
+
+
+def source_inputs(training: Training) -> tuple[Port, ...]:
+    """Return the ports that a step reads: the state, then a batch."""
+    return (*state_of(training, training.initial()), *training.traced.features, *training.labels)

@@ -15,19 +15,32 @@ import tensorflow as tf
 
 from models.gradients import LOOPS, RANDOM, CannotTrain, layer_of
 from models.gradients_registry import GRADIENTS, SUBSTITUTES
-from models.keras_tracing import Traced, every_layer
+from models.keras_tracing import Traced, every_layer, features_of, trace
 
 keras = tf.keras
 Verdict: TypeAlias = Literal["trains", "frozen", "has no weights", "only infers", "cannot run"]
 
-_SHAPES_ONLY = frozenset(
+_HARMLESS = frozenset(
     {
-        *("Const", "Placeholder", "Identity", "NoOp", "Shape", "Range", "Fill", "ZerosLike", "OnesLike", "Prod", "Rank"),
+        *(
+            "Const",
+            "Placeholder",
+            "Identity",
+            "NoOp",
+            "Shape",
+            "Range",
+            "Fill",
+            "ZerosLike",
+            "OnesLike",
+            "Prod",
+            "Rank",
+        ),
         *("Greater", "GreaterEqual", "Less", "LessEqual", "Equal", "NotEqual", "FloorMod", "FloorDiv", "ArgMax"),
-        *("LogicalAnd", "LogicalOr", "LogicalNot", "OneHot", "Any", "All", "StatelessRandomGetKeyCounter"),
+        *("LogicalAnd", "LogicalOr", "LogicalNot", "OneHot", "Any", "All", "Rank", "AddN", "Cumsum"),
+        "StatelessRandomGetKeyCounter",
     }
 )
-"""Operations through which no gradient flows, and which devices have."""
+"""Operations that devices have, and through which no gradient flows or TensorFlow's own is of built-ins."""
 _CURES: Mapping[str, str] = {
     "ResizeBilinear": "replace UpSampling2D(interpolation='bilinear') by UpSampling2D (nearest) or Conv2DTranspose",
     "Conv3D": "replace Conv3D by Conv2D over one axis folded into the channels",
@@ -64,8 +77,17 @@ class Finding:
     cure: str = ""
 
 
-def lint(traced: Traced) -> list[Finding]:
-    """Return one finding for each layer that has weights or makes operations, in the model's order."""
+def lint(model: Any) -> list[Finding]:
+    """Return one finding for each layer of a Keras model, in its order.
+
+    Raises:
+        CannotTrain: The model has no weights yet, or cannot be traced with an unknown batch size.
+    """
+    return findings(trace(model, features_of(model)))
+
+
+def findings(traced: Traced) -> list[Finding]:
+    """Return what becomes of each layer of a traced model, in its order."""
     missing = _missing(traced)
     return [_finding(layer, missing.get(layer.name, ())) for layer in every_layer(traced.model) if _counts(layer)]
 
@@ -77,7 +99,7 @@ def _counts(layer: Any) -> bool:
 def _missing(traced: Traced) -> dict[str, tuple[str, ...]]:
     """Return for each layer the types of the operations that have neither a gradient nor a substitute."""
     found: dict[str, set[str]] = {}
-    known = GRADIENTS.keys() | SUBSTITUTES.keys() | _SHAPES_ONLY | RANDOM
+    known = GRADIENTS.keys() | SUBSTITUTES.keys() | _HARMLESS | RANDOM
     for op in traced.graphs[True].whole.get_operations():
         if op.type not in known:
             found.setdefault(layer_of(op.name), set()).add(op.type)
@@ -101,7 +123,7 @@ def refuse(traced: Traced) -> None:
     Raises:
         CannotTrain: The text names the layer, the operations and the cure.
     """
-    for finding in lint(traced):
+    for finding in findings(traced):
         if finding.problem:
             raise CannotTrain(
                 f"layer {finding.layer!r} ({finding.kind}) {finding.verdict} on a device: no gradient there for "
@@ -109,14 +131,14 @@ def refuse(traced: Traced) -> None:
             )
 
 
-def table(findings: Sequence[Finding]) -> list[str]:
-    """Return the lines of a table of `findings`, cures below it."""
+def table(found: Sequence[Finding]) -> list[str]:
+    """Return the lines of a table of `found`, cures below it."""
     heads = ("layer", "class", "parameters", "on a device")
-    rows = [(f.layer, f.kind, str(f.parameters), f.verdict) for f in findings]
+    rows = [(f.layer, f.kind, str(f.parameters), f.verdict) for f in found]
     widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (heads, *rows)]
-    cures = [f"{f.layer}: {f.problem} {_ARE}; {f.cure}" for f in findings if f.problem]
-    return [line.rstrip() for line in lines] + ([""] + cures if cures else [])
+    cures = [f"{f.layer}: {f.problem} {_ARE}; {f.cure}" for f in found if f.problem]
+    return [line.rstrip() for line in lines] + (["", *cures] if cures else [])
 
 
 _ARE = "cannot be differentiated with TFLite built-ins"

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.live import Live
 
 from coordinator.journal import Journal
-from simulation import attack_demo, baselines, report, temperature_demo
+from simulation import attack_demo, baselines, report, temperature_demo, words_demo
 from simulation.broker_process import BrokerProcess
 from simulation.datasets import DividedData, digits, people
 from simulation.guarded import GuardedFolder
@@ -246,6 +246,7 @@ class Demonstration:
 _KINDS: Mapping[str, Callable[[argparse.Namespace, Console], object]] = {
     "attack": attack_demo.main,
     "temperature": temperature_demo.main,
+    "words": words_demo.main,
 }
 """The demonstrations that do not train a model over several rounds."""
 
@@ -343,15 +344,18 @@ def _parser() -> argparse.ArgumentParser:
         prog="./scripts/demo",
         description="Train one model on many devices that never show their data or their updates: a real broker, real "
         "processes, one of them killed on the way. `attack` shows, in seconds and without a broker, what one plain "
-        "update would give away and what a masked one does; `temperature` asks twenty thermometers two questions.",
+        "update would give away and what a masked one does; `temperature` asks twenty thermometers two "
+        "questions; `words` finds out what twenty people write after a word, and tells all of them.",
     )
     parser.add_argument("kind", nargs="?", choices=sorted([*DEMOS, *_KINDS]), default="digits", help="default: digits")
     parser.add_argument(
-        "--devices", type=int, help="how many devices (digits, attack: 12; temperature: 20; har: every person)"
+        "--devices", type=int, help="how many devices (digits, attack: 12; temperature, words: 20; har: every person)"
     )
     parser.add_argument("--rounds", type=int, help="how many rounds (digits: 15, har: 20)")
     parser.add_argument("--seed", type=int, default=1, help="of the division among the devices (default: 1)")
-    parser.add_argument("--data-file", type=Path, help="har: the .npz with the movements; temperature: a CSV")
+    parser.add_argument(
+        "--data-file", type=Path, help="har: the .npz with the movements; temperature: a CSV; words: JSON lines"
+    )
     parser.add_argument("--report", type=Path, help="write everything measured as JSON to this file")
     parser.add_argument("--plot", type=Path, help="where the plot goes (default: demo-KIND.png)")
     parser.add_argument(

@@ -35,10 +35,24 @@ class Overheard:
 
 
 class Eavesdropper:
-    """Listens to every masked vector on the demo's broker, which has no access rules; keeps a piece of the last one."""
+    """Listens to every masked vector on the demo's broker, which has no access rules; keeps a piece of the last one.
 
-    def __init__(self, broker: BrokerProcess, *, offset: int, count: int = 8) -> None:
-        """Listen on `broker` from entering on; keep `count` entries from `offset` on (within the first chunk)."""
+    Attributes:
+        last: Some entries of the vector heard last, if they lie within its first chunk.
+        beginnings: Device -> the first bytes of its newest vector.
+    """
+
+    def __init__(self, broker: BrokerProcess, *, offset: int, count: int = 8, keep_bytes: int = 0) -> None:
+        """Listen on `broker` from entering on; keep `count` entries from `offset` on (within the first chunk).
+
+        Args:
+            broker: Whose traffic.
+            offset: Entries before those that are kept as `last`.
+            count: How many these are.
+            keep_bytes: So much of the beginning of every device's newest vector is kept as `beginnings`.
+        """
+        self._keep_bytes = keep_bytes
+        self.beginnings: dict[str, bytes] = {}
         self._count = count
         self._offset_bytes = 4 * offset
         self._settings = MqttSettings(
@@ -83,6 +97,8 @@ class Eavesdropper:
             chunk = decode_vector_chunk(delivery.payload)
         except MalformedMessage:
             return  # an eavesdropper shrugs at what it does not understand
+        if chunk.index == 0 and self._keep_bytes:
+            self.beginnings[device] = bytes(chunk.content[: self._keep_bytes])
         if chunk.index == 0 and len(chunk.content) >= self._offset_bytes + 4 * self._count:
             words = np.frombuffer(chunk.content, dtype="<u4", count=self._count, offset=self._offset_bytes)
             self.last = Overheard(device, tuple(int(word) for word in words))

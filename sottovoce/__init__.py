@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from sottovoce.language.arguments import latest as latest
     from sottovoce.language.builtins import cast as cast
     from sottovoce.language.builtins import clip as clip
-    from sottovoce.language.builtins import identity as identity
     from sottovoce.language.client_programs import client_program as client_program
     from sottovoce.language.client_state import client_state as client_state
     from sottovoce.language.client_state import client_state_of as client_state_of
@@ -57,7 +56,7 @@ if TYPE_CHECKING:
 
 _NAMES = {
     "sottovoce.language.arguments": "collection latest",
-    "sottovoce.language.builtins": "cast clip identity",
+    "sottovoce.language.builtins": "cast clip",
     "sottovoce.language.client_programs": "client_program",
     "sottovoce.language.client_state": "client_state client_state_of",
     "sottovoce.language.computations": "Computation federated_computation server_computation tf_computation",

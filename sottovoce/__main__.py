@@ -10,7 +10,7 @@ from typing import Any
 
 from sottovoce import ask_command
 from sottovoce.bundle import Bundle, ClientState, Port, read_bundle
-from sottovoce.errors import SottovoceError
+from sottovoce.errors import ConfigError, SottovoceError
 from sottovoce.plan import digest_of
 from sottovoce.types import Array
 
@@ -19,9 +19,13 @@ Tools for those who ask a fleet, and for those who write and check client progra
 
   sottovoce inspect digits.svp               what a bundle contains, asks for and gives away
   sottovoce inspect digits.svp --self-test   ... and whether this machine's runtime computes it right
+  sottovoce lint model.keras                 which layers of a Keras model will train on a device
+  sottovoce export model.keras --out m.svp   the bundle that trains it, proven equal to Keras
   sottovoce ask mean temperature             asks a running fleet, without a program; see sottovoce ask --help
 
 The other commands: edge-agent (a device), coordinator (the server), fleet-ca (who belongs to the fleet)."""
+
+_MODEL = "a .keras file, or file.py:function or package.module:function, a function that returns a Keras model"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,6 +39,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     inspect.add_argument("--self-test", action="store_true", help="run the bundle's self-test on this machine")
     inspect.set_defaults(run=_inspect)
     ask_command.add_parser(commands, connect=_connect)
+    lint = commands.add_parser("lint", help="say which layers of a Keras model will train on a device")
+    lint.add_argument("model", metavar="MODEL", help=_MODEL)
+    lint.set_defaults(run=_lint)
+    export = commands.add_parser("export", help="make a bundle of a Keras model that trains on a device")
+    export.add_argument("model", metavar="MODEL", help=_MODEL)
+    export.add_argument("--out", type=Path, required=True, metavar="FILE", help="the .svp file to write")
+    export.add_argument("--loss", help="Keras' name of the loss, where the model was not compiled with one")
+    export.add_argument("--optimizer", help="sgd or adam, where the model was not compiled with one")
+    export.add_argument("--batch-size", type=int, default=10, help="for the time and the memory of a step (10)")
+    export.set_defaults(run=_export)
     options = parser.parse_args(arguments)
     try:
         options.run(options)
@@ -95,6 +109,23 @@ def describe(bundle: Bundle, digest: bytes, initial: Mapping[str, Array]) -> dic
         "initial_bytes": len(bundle.initial),
         "self_test": {"steps": len(bundle.self_test.batches), "tolerance": bundle.self_test.tolerance},
     }
+
+
+def _lint(options: argparse.Namespace) -> None:
+    print("\n".join(_keras_command().lint_report(options.model)))
+
+
+def _export(options: argparse.Namespace) -> None:
+    given = {"loss": options.loss, "optimizer": options.optimizer, "batch_size": options.batch_size}
+    print("\n".join(_keras_command().export_report(options.model, options.out, **given)))
+
+
+def _keras_command() -> Any:
+    try:
+        from models import keras_command
+    except ImportError as error:
+        raise ConfigError(f"this needs TensorFlow ({error}): pip install 'sottovoce[models]'") from error
+    return keras_command
 
 
 def _run_self_test(bundle: Bundle) -> str:

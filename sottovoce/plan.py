@@ -15,6 +15,8 @@ from typing import Literal, TypeAlias
 import msgspec
 
 from sottovoce.errors import BadBlob, ConfigError, SottovoceError
+from sottovoce.sketches import EXTRACTORS as SKETCHES
+from sottovoce.sketches import WordSketch, check_sketch
 from sottovoce.text import PORTS, is_word
 from sottovoce.types import TensorType
 
@@ -184,6 +186,10 @@ class ParticipationTerms(Document, frozen=True):
     once: bool = False
     every_days: float = 0.0
 
+    def __post_init__(self) -> None:
+        # 7 and 7.0 are other bytes, and so would be other plans: a device writes what it has read as a real number.
+        msgspec.structs.force_setattr(self, "every_days", float(self.every_days))
+
 
 class PrivacyTerms(Document, frozen=True):
     """What the plan promises about privacy, checked by every device's policy before anything runs.
@@ -195,8 +201,9 @@ class PrivacyTerms(Document, frozen=True):
         noise_multiplier: Reserved for differential privacy; anything but 0 is refused until noise exists.
         expires_unix_s: The plan is refused after this time; 0 means never.
         threshold: Entries that fewer devices have contributed to, by their presence aggregation, are set to 0 by the
-            coordinator before anything is written down, logged or published; 0 publishes all. It is hygiene of what is
-            published and no protection from the coordinator, which has seen the sum before.
+            coordinator before anything is written down, logged or published; 0 publishes all. An aggregation of counts
+            up to 1 counts devices itself. It is hygiene of what is published and no protection from the coordinator,
+            which has seen the sum before.
         participation: How often one device answers.
     """
 
@@ -212,20 +219,23 @@ class PrivacyTerms(Document, frozen=True):
 class Extraction(Document, frozen=True):
     """How the messages of a collection become the rows that the client program reads; a plan ships no code for it.
 
-    A message may give many rows or none. A row is the index of a word in its vocabulary, int32, in every port of the
-    extractor (`sottovoce.text.PORTS`); what is not in the vocabularies is left out. A device whose messages give no
-    row takes part with zeros: that it has nothing to say must not show.
+    A message may give many rows or none. By the extractors of `sottovoce.text` a row is the index of a word in its
+    vocabulary, int32, in every port of the extractor; what is not in the vocabularies is left out. By those of
+    `sottovoce.sketches` it is an entry of a sketch of all messages together. A device whose messages give no row takes
+    part with zeros: that it has nothing to say must not show.
 
     Attributes:
-        extractor: One of `sottovoce.text.EXTRACTORS`; a device that does not have it refuses the plan.
+        extractor: Its name; a device that does not have it refuses the plan.
         column: The column of text.
         vocabularies: One for each port, each strictly ascending by code points, so that the same words always make the
-            same plan.
+            same plan; none for a sketch.
+        sketch: What a sketch is like; None for vocabularies.
     """
 
     extractor: str
     column: str
-    vocabularies: tuple[tuple[str, ...], ...]
+    vocabularies: tuple[tuple[str, ...], ...] = ()
+    sketch: WordSketch | None = None
 
 
 class LocalWork(Document, frozen=True):
@@ -349,16 +359,22 @@ def _check_links(plan: Plan, aggregation: Aggregation) -> None:
         raise ConfigError(f"{where}: it counts devices: encoding must be Counted(maximum=1), and {named!r} counted too")
 
 
+def counts_devices(aggregation: Aggregation) -> bool:
+    """Say whether the sum of every entry is a number of devices: each adds 0 or 1."""
+    return aggregation.encoding == Counted(maximum=1)
+
+
 def _check_publication(plan: Plan) -> None:
     """Check the threshold and how often a device answers."""
     counted = [a.presence_of for a in plan.aggregations if a.presence_of]
+    counts = any(counts_devices(aggregation) for aggregation in plan.aggregations)
     threshold, often = plan.privacy.threshold, plan.privacy.participation
     if len(set(counted)) < len(counted):
         raise ConfigError(f"plan {plan.name!r}: two aggregations have the same presence_of")
-    if threshold < 0 or (threshold and not counted):
+    if threshold < 0 or (threshold and not counts):
         raise ConfigError(
             f"plan {plan.name!r}: a threshold of {threshold} needs to know how many devices there are in every entry; "
-            "add an aggregation with presence_of, or set threshold = 0"
+            "add an aggregation with presence_of, count up to 1, or set threshold = 0"
         )
     if not 0 <= often.every_days <= MAX_EVERY_DAYS or (often.once and often.every_days):
         raise ConfigError(
@@ -372,11 +388,17 @@ def _check_extraction(plan: Plan, extraction: Extraction) -> None:
         raise ConfigError(f"{where}: extractor and column must be printable names of up to 64 characters")
     if plan.work.max_examples and plan.work.order != "stored":
         raise ConfigError(f'{where}: max_examples takes the newest messages: set order = "stored", or max_examples = 0')
+    if extraction.extractor in SKETCHES:
+        if extraction.sketch is None or extraction.vocabularies:
+            raise ConfigError(f"{where}: {extraction.extractor} needs a sketch, and no vocabularies")
+        check_sketch(extraction.extractor, extraction.sketch)
     ports = PORTS.get(extraction.extractor)
     if ports is None:
         return  # A newer coordinator may know it; the device's policy refuses it by name.
-    if len(extraction.vocabularies) != len(ports):
-        raise ConfigError(f"{where}: {extraction.extractor} needs {len(ports)} vocabularies, for {', '.join(ports)}")
+    if len(extraction.vocabularies) != len(ports) or extraction.sketch is not None:
+        raise ConfigError(
+            f"{where}: {extraction.extractor} needs {len(ports)} vocabularies, for {', '.join(ports)}, and no sketch"
+        )
     for vocabulary in extraction.vocabularies:
         _check_vocabulary(where, vocabulary)
 

@@ -7,9 +7,10 @@ have a word in it (a count-min sketch, Cormode and Muthukrishnan 2005), and name
 `text.word_table/1` writes words down in an invertible Bloom lookup table (Goodrich and Mitzenmacher 2011), but only
 those whose buckets were heavy in every row of an earlier sketch: a rare word stays where it is. Every word goes into
 three cells, one in each third of the table, and adds there the fields (1, check, key 1 … key 8): a key is two bytes of
-the word's UTF-8, zeros after its end; check is 16 bits of its hash. All of it is added modulo the prime 65537 = 2^16 + 1,
-on the device as in the sum. So a cell in which c devices have written the same word, and nothing else, holds c times
-its fields, and since every c from 1 to 65536 has an inverse modulo a prime, the division by c gives the word back.
+the word's UTF-8, zeros after its end; check is 16 bits of its hash. All of it is added modulo the prime
+65537 = 2^16 + 1, on the device as in the sum. So a cell in which c devices have written the same word, and nothing
+else, holds c times its fields, and since every c from 1 to 65536 has an inverse modulo a prime, the division by c gives
+the word back.
 What is read is taken out of its other two cells, in which then other words stand alone: peeling, which reads everything
 while there are fewer than about 0.8 words a cell.
 
@@ -146,15 +147,16 @@ def fields_of(sketch: WordSketch, word: str) -> Array:
     return np.concatenate([np.array([1, check], np.int64), keys])
 
 
-def word_in(sketch: WordSketch, cell: Array) -> str | None:
+def word_in(sketch: WordSketch, cell: Array, *, devices: int) -> str | None:
     """Return the word that stands alone in a cell, None if there is none, or several.
 
     Args:
         sketch: Of the table.
         cell: int64 [FIELDS], each from 0 to 65536.
+        devices: How many are in the sum: no word has more.
     """
     count = int(cell[0])
-    if not count:
+    if not 1 <= count <= devices:
         return None
     keys = cell[2:] * pow(count, -1, FIELD) % FIELD
     if (keys > np.iinfo(np.uint16).max).any():

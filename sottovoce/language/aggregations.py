@@ -1,4 +1,4 @@
-"""From an aggregation of the language to entries of the masked vector, and from their sums back to its value.
+"""From an aggregation of the language to entries of the masked vector; `recipes` has the way back.
 
 Whole numbers are summed exactly: the program subtracts the low end of their bound, and n times it is added afterwards.
 Floats are rounded stochastically, around the middle of their bound where there are few bits for them. A weighted mean
@@ -12,18 +12,18 @@ import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
 
 import numpy as np
 
-from sottovoce.errors import ConfigError, DefinitionError
+from sottovoce.errors import DefinitionError
 from sottovoce.language.bounds import Bounds, within
 from sottovoce.language.client_part import Output, member_of
 from sottovoce.language.expressions import Step, Terms
-from sottovoce.language.ports import Bound, RoundSums
+from sottovoce.language.ports import Bound
+from sottovoce.language.recipes import ROUNDING, Recipe, Summand, size_of
 from sottovoce.plan import Aggregation, Counted, Encoding, LaneName, Quantised
-from sottovoce.types import Array, TensorType, Type
-from sottovoce.values import leaves, unflatten
+from sottovoce.types import TensorType
+from sottovoce.values import leaves
 
 EXACT_ENTRIES = 1024
 """Up to so many entries a value is rounded to 32 bits in wide lanes; a larger one to 16 bits in lanes of 32."""
@@ -33,113 +33,6 @@ _CLIENTS_SMALL, _CLIENTS_LARGE = 2**16, 2**10
 """Devices for whose sum a lane of 32 bits must have room, for a value of few entries and of many."""
 _SMALLEST = 1e-30
 """Half the range of a value that can only be 0."""
-_ROUNDING = 2.0**-22
-"""Relative error allowed for arithmetic in float32 on the device: four roundings of 2^-24."""
-
-
-@dataclass(frozen=True, slots=True)
-class Summand:
-    """Where one tensor of an aggregated value lies among the sums of a round.
-
-    Attributes:
-        aggregation: Which sum.
-        index: Which of its tensors.
-        offset: What every device subtracted from each coordinate.
-        error: The largest error of one device's coordinate: its quantum and float32's rounding; 0 where exact.
-        bound: Of one device's coordinate, before the offset was subtracted.
-    """
-
-    aggregation: str
-    index: int
-    offset: float
-    error: float
-    bound: Bound
-
-
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """How the value of one aggregation step comes from the sums of a round.
-
-    Attributes:
-        kind: `sum`; `mean`; `weighted_mean` of two sums; `lane_mean`, weighted by the number of examples; `weight`, the
-            sum of those numbers.
-        where: Line and operator.
-        type: Of the value.
-        summands: One for each tensor of it.
-        weight: The sum of the weights, of a `weighted_mean`.
-        weight_cap: What a weight is divided by before it multiplies the value.
-    """
-
-    kind: Literal["sum", "mean", "weighted_mean", "lane_mean", "weight"]
-    where: str
-    type: Type
-    summands: tuple[Summand, ...]
-    weight: Summand | None = None
-    weight_cap: float = 1.0
-
-    def value(self, sums: RoundSums) -> Any:
-        """Return the value that the sums of a round say.
-
-        Raises:
-            ConfigError: A sum does not fit its dtype.
-        """
-        if self.kind == "weight":
-            return _fitted(np.asarray(sums.weight), leaves(self.type)[0][1], self.where)
-        divisor = self._divisor(sums)
-        found = []
-        for summand, (_, kind) in zip(self.summands, leaves(self.type), strict=True):
-            total = _total(summand, sums) if self.kind != "lane_mean" else sums.sums[summand.aggregation][summand.index]
-            found.append(_fitted(total if divisor is None else total / divisor, kind, self.where))
-        return unflatten(self.type, found)
-
-    def errors(self, devices: int) -> tuple[float | None, ...]:
-        """Return for each tensor the largest absolute error of a coordinate that encoding and float32 can make.
-
-        Args:
-            devices: How many are in the sum, at least 1.
-
-        Returns:
-            None where it cannot be said beforehand: of a mean whose weights may all be 0.
-        """
-        match self.kind:
-            case "weight":
-                return (0.0,)
-            case "sum":
-                return tuple(self._stored(s.error * devices, devices * size_of(s.bound)) for s in self.summands)
-            case "mean":
-                return tuple(self._stored(s.error, size_of(s.bound)) for s in self.summands)
-            case "weighted_mean":
-                return tuple(self._weighted_error(s) for s in self.summands)
-            case "lane_mean":
-                # Every weight is at least 1, so the weights' sum is at least the number of devices.
-                return tuple(self._stored(s.error * self.weight_cap, size_of(s.bound)) for s in self.summands)
-
-    def _divisor(self, sums: RoundSums) -> Array | None:
-        match self.kind:
-            case "mean":
-                return np.asarray(float(sums.survivors))
-            case "weighted_mean":
-                assert self.weight is not None
-                total = np.asarray(_total(self.weight, sums)).reshape(()) / self.weight_cap
-                if not total > 0:
-                    raise ConfigError(f"{self.where}: all weights are 0, so there is no mean")
-                return np.asarray(total)
-            case _:
-                return None
-
-    def _stored(self, error: float, largest: float) -> float:
-        """Return `error` with that of storing the result in its dtype; a whole number is exact."""
-        return error and error + largest * _ROUNDING
-
-    def _weighted_error(self, summand: Summand) -> float | None:
-        """The mean is S / W; S is off by at most e_s a device, W by e_w, and W is at least its low end a device."""
-        weight = self.weight
-        if weight is None or weight.bound.low - weight.error <= 0:
-            return None
-        low, error = weight.bound.low / self.weight_cap, weight.error / self.weight_cap
-        # |S'/W' - S/W| <= (e_s + |S/W| e_w) / W', and |S/W| is at most the largest product over the least weight.
-        largest = size_of(summand.bound) / low
-        return (summand.error + largest * error) / (low - error) + largest * _ROUNDING
 
 
 def plain_outputs(
@@ -295,7 +188,7 @@ def encode_as(step: Step, kind: TensorType, bound: Bound, *, size: int) -> Encod
         half_range = max(size_of(bound), _SMALLEST)
         return Encoded(Quantised(half_range=half_range, bits=bits), lane, port, clamp=None if is_symmetric else bound)
     middle = float(np.float32((bound.low + bound.high) / 2))
-    half_range = max(bound.high - middle, middle - bound.low, abs(middle) * _ROUNDING, _SMALLEST)
+    half_range = max(bound.high - middle, middle - bound.low, abs(middle) * ROUNDING, _SMALLEST)
     return Encoded(Quantised(half_range=half_range, bits=bits), lane, port, offset=middle)
 
 
@@ -323,7 +216,7 @@ def error_of(encoding: Encoding, bound: Bound) -> float:
     """Return the largest error of one device's coordinate: below one quantum by stochastic rounding, and float32's."""
     if isinstance(encoding, Counted):
         return 0.0
-    return 2 * encoding.half_range / encoding.maximum + size_of(bound) * _ROUNDING
+    return 2 * encoding.half_range / encoding.maximum + size_of(bound) * ROUNDING
 
 
 def names(wanted: Iterable[str]) -> list[str]:
@@ -391,28 +284,3 @@ def bits_and_lane(terms: Terms, size: int) -> tuple[int, LaneName]:
         return terms.bits, "uint32" if terms.bits <= 16 else "uint64"
     room: Mapping[LaneName, int] = {"uint16": 6, "3x21": 11, "uint32": 16, "dense": 16, "uint64": 32}
     return terms.bits or room[terms.lane], terms.lane
-
-
-def _total(summand: Summand, sums: RoundSums) -> Array:
-    total: Array = np.asarray(sums.sums[summand.aggregation][summand.index], np.float64)
-    return total + sums.survivors * summand.offset
-
-
-def size_of(bound: Bound) -> float:
-    """Return the largest magnitude within `bound`."""
-    return max(abs(bound.low), abs(bound.high))
-
-
-def _fitted(total: Array, kind: TensorType, where: str) -> Array:
-    """Return `total` in the dtype and shape of `kind`."""
-    dtype = kind.numpy_dtype
-    shaped = np.asarray(total).reshape([d or 0 for d in kind.shape])
-    if dtype.kind == "f":
-        return np.asarray(shaped.astype(dtype))[()]
-    limits = np.iinfo(dtype)
-    if shaped.size and not (limits.min <= shaped.min() and shaped.max() <= limits.max):
-        raise ConfigError(
-            f"{where}: a sum does not fit {dtype} ({limits.min} to {limits.max}); "
-            "sum a wider type: map sv.cast('int64') over the values first"
-        )
-    return np.asarray(np.rint(shaped).astype(dtype))[()]

@@ -13,7 +13,14 @@ from typing import Final, Literal, TypeAlias
 from sottovoce.errors import ConfigError
 
 Family: TypeAlias = Literal["words", "pairs", "amounts", "bins", "groups"]
-SIZES: Final = (64, 256, 1024, 2048, *(size for power in range(12, 16) for size in (2**power, 3 * 2 ** (power - 1))), 2**16)
+SIZES: Final = (
+    64,
+    256,
+    1024,
+    2048,
+    *(size for power in range(12, 16) for size in (2**power, 3 * 2 ** (power - 1))),
+    2**16,
+)
 """Entries of the programs that count words and pairs: 64, 256, 1024, 2048, 4096, 6144, 8192, 12288 … 65536."""
 AMOUNT_SIZES: Final = tuple(size for size in SIZES if size >= 2**12)
 """Entries of the programs that add up amounts."""

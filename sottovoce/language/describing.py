@@ -5,8 +5,8 @@ from __future__ import annotations
 import textwrap
 from typing import TYPE_CHECKING
 
-from sottovoce.language.aggregations import Recipe
 from sottovoce.language.expressions import Body, Builtin, Step
+from sottovoce.language.recipes import Recipe
 from sottovoce.plan import Aggregation, Counted, Quantised
 
 if TYPE_CHECKING:

@@ -33,6 +33,11 @@ class FleetExecutor:
         self._rounds = rounds
         self._lowered: weakref.WeakKeyDictionary[Computation, dict[_Known, Lowered]] = weakref.WeakKeyDictionary()
 
+    @property
+    def rounds(self) -> Rounds:
+        """The fleet, for those who make their rounds themselves."""
+        return self._rounds
+
     def run(self, computation: Computation, arguments: Mapping[str, object]) -> Any:
         """Run `computation` as one round and return its result.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sottovoce.errors import DefinitionError
-from sottovoce.language.aggregations import Recipe, names, plain_outputs, weighted_outputs
+from sottovoce.language.aggregations import names, plain_outputs, weighted_outputs
 from sottovoce.language.bounds import elements_of
 from sottovoce.language.client_part import (
     ClientSource,
@@ -20,6 +20,7 @@ from sottovoce.language.client_part import (
 )
 from sottovoce.language.expressions import Slot
 from sottovoce.language.parts import ClientWork, Parts
+from sottovoce.language.recipes import Recipe
 from sottovoce.language.tracing import tracer
 from sottovoce.plan import Aggregation, LocalWork
 from sottovoce.types import SequenceType, StructType, TensorType, contains

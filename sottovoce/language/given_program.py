@@ -10,11 +10,12 @@ from dataclasses import dataclass
 
 from sottovoce.bundle import Bundle
 from sottovoce.errors import DefinitionError
-from sottovoce.language.aggregations import Recipe, Summand, bits_and_lane, declared, lane_of_counts, required, size_of
+from sottovoce.language.aggregations import bits_and_lane, declared, lane_of_counts, required
 from sottovoce.language.client_part import member_of
 from sottovoce.language.expressions import ClientProgram, Step
 from sottovoce.language.parts import ClientWork, Parts, client_program_of
 from sottovoce.language.ports import Bound
+from sottovoce.language.recipes import Recipe, Summand, size_of
 from sottovoce.plan import Aggregation, Counted, Encoding, LaneName, Quantised
 from sottovoce.types import TensorType
 from sottovoce.values import leaves

@@ -228,7 +228,7 @@ def hosted_training(
         name=name,
         purpose=purpose,
     )
-    training = _encoded(lower(process.next), metrics, largest_cohort)
+    training = _encoded(lower(process.next), purpose, metrics, largest_cohort)
     standardising = None
     if moments is not None:
         _check_moments(model, decode_bundle(moments), moments_results)
@@ -240,7 +240,7 @@ def hosted_training(
             purpose=purpose,
         )
         lowered = dataclasses.replace(lower(first), weight_cap=UNCAPPED_WEIGHT)
-        standardising = _encoded(lowered, moments_results, largest_cohort)
+        standardising = _encoded(lowered, purpose, moments_results, largest_cohort)
     return HostedTraining(averaging, training, standardising, rounds, collection)
 
 
@@ -292,14 +292,14 @@ def hosted_sums(
         name=name,
         purpose=purpose,
     )
-    return HostedSums(program, _encoded(lower(computation), terms, largest_cohort), collection)
+    return HostedSums(program, _encoded(lower(computation), purpose, terms, largest_cohort), collection)
 
 
 # --- encodings and checks ---------------------------------------------------------------------------------------------
 
 
-def _encoded(lowered: Lowered, terms: Mapping[str, SumTerms], largest_cohort: int) -> Lowered:
-    """Return `lowered` with the encodings that the task file asks for."""
+def _encoded(lowered: Lowered, purpose: str, terms: Mapping[str, SumTerms], largest_cohort: int) -> Lowered:
+    """Return `lowered` with the encodings that the task file asks for, and all lines of its purpose."""
     aggregations = []
     for aggregation in lowered.aggregations:
         if found := terms.get(aggregation.name):
@@ -308,7 +308,7 @@ def _encoded(lowered: Lowered, terms: Mapping[str, SumTerms], largest_cohort: in
                 aggregation, encoding=found.encoding, clip_norm=found.clip_norm, lane=lane
             )
         aggregations.append(aggregation)
-    return dataclasses.replace(lowered, aggregations=tuple(aggregations))
+    return dataclasses.replace(lowered, purpose=purpose, aggregations=tuple(aggregations))
 
 
 def _bound(terms: SumTerms) -> Bound:

@@ -63,7 +63,7 @@ class ClientOptimizer:
 
     learning_rate: float | None = None
     decay: float = 1.0
-    work: LocalWork = LocalWork()
+    work: LocalWork = LocalWork()  # noqa: RUF009 - immutable
 
     def __post_init__(self) -> None:
         if self.learning_rate is not None and not 0 < self.learning_rate < float("inf"):
@@ -134,9 +134,9 @@ class Averaging:
                   for r in self.bundle.results if r.updates)
         )  # fmt: skip
 
-    def first_state(self, model: Mapping[str, Array] | None = None) -> Record[Any]:
-        """Return the state before the first round, of the bundle's initial model or of `model`."""
-        values = initial_model(self.bundle) if model is None else dict(model)
+    def first_state(self) -> Record[Any]:
+        """Return the state before the first round: the bundle's initial model."""
+        values = initial_model(self.bundle)
         trained = {name: values[name] for name in self.targets}
         parts = {part: Record(dict(named)) for part, named in self.server.init(trained).items()}
         return Record({"model": Record(values), "optimizer": Record(parts), "round": np.int32(0)})
@@ -237,7 +237,7 @@ def build_federated_evaluation(
     work: LocalWork = LocalWork(batch_size=128),  # noqa: B008 - immutable
     purpose: str | None = None,
 ) -> Computation:
-    """Return (<model=...@SERVER,examples={...*}@CLIENTS> -> metrics@SERVER): the model's scores on everybody's examples.
+    """Return (<model=...@SERVER,examples={...*}@CLIENTS> -> metrics@SERVER): the model's scores on all examples.
 
     It is one pass of the very program that trains, at a learning rate of 0: a device needs no second program, and the
     metrics of a step are those of the model as it was broadcast. The price is a gradient that is thrown away.
@@ -280,7 +280,7 @@ def build_federated_evaluation(
     )
 
 
-# --- What the other processes of learning are made of too --------------------------------------------------------------
+# --- what the other processes of learning are made of too -------------------------------------------------------------
 
 
 def program_of(model: ModelFile, work: LocalWork) -> ClientProgram:

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 
 from sottovoce.errors import ConfigError
-from sottovoce.language.aggregations import Recipe
 from sottovoce.language.arguments import DeviceValues
 from sottovoce.language.client_part import member_of
 from sottovoce.language.describing import describe
 from sottovoce.language.expressions import Body, Builtin, Step
 from sottovoce.language.interpreter import apply, evaluate, local_handlers
 from sottovoce.language.ports import RoundRequest, RoundSums
+from sottovoce.language.recipes import Recipe
 from sottovoce.plan import Aggregation, LocalWork
 from sottovoce.tensors import encode_tensors
 from sottovoce.types import Array, FunctionType, SequenceType, StructType, TensorType, Type

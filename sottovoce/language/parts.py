@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sottovoce.errors import DefinitionError
-from sottovoce.language.aggregations import Recipe
 from sottovoce.language.bounds import Bounds, infer
 from sottovoce.language.client_part import Flat, flattened, member_of, part
 from sottovoce.language.expressions import Body, ClientProgram, Step
+from sottovoce.language.recipes import Recipe
 from sottovoce.plan import Aggregation, LocalWork
 from sottovoce.types import CLIENTS, FederatedType, StructType, TensorType, Type
 

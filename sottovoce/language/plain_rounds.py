@@ -70,14 +70,15 @@ def _rows(request: RoundRequest, member: Any) -> Mapping[str, Array]:
 def _extracted(extraction: Extraction, messages: Sequence[str]) -> Mapping[str, Array]:
     if extraction.sketch is not None:
         return sketches.sketch_columns(extraction.extractor, extraction.sketch, messages)
-    find, vocabularies = text.EXTRACTORS[extraction.extractor], extraction.vocabularies
+    find = text.EXTRACTORS[extraction.extractor]
+    places = [{word: at for at, word in enumerate(vocabulary)} for vocabulary in extraction.vocabularies]
     found = [
-        [vocabulary.index(word) for vocabulary, word in zip(vocabularies, words, strict=True)]
+        [place[word] for place, word in zip(places, words, strict=True)]
         for message in messages
         for words in find(message)
-        if all(word in vocabulary for vocabulary, word in zip(vocabularies, words, strict=True))
+        if all(word in place for place, word in zip(places, words, strict=True))
     ]
-    columns = np.array(found, np.int32).reshape(len(found), len(vocabularies)).T
+    columns = np.array(found, np.int32).reshape(len(found), len(places)).T
     return dict(zip(text.PORTS[extraction.extractor], columns, strict=True))
 
 

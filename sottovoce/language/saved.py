@@ -16,7 +16,6 @@ import numpy as np
 
 from sottovoce.bundle import decode_bundle
 from sottovoce.errors import BadBundle, ConfigError, ProgramError, SottovoceError
-from sottovoce.language.aggregations import Recipe, Summand
 from sottovoce.language.body_checks import check_body
 from sottovoce.language.expressions import (
     Body,
@@ -31,6 +30,7 @@ from sottovoce.language.expressions import (
 )
 from sottovoce.language.lowered import Lowered
 from sottovoce.language.ports import Bound
+from sottovoce.language.recipes import Recipe, Summand
 from sottovoce.language.tracing import tracer
 from sottovoce.plan import MAX_BLOB_BYTES, Aggregation, Document, LocalWork, canonical
 from sottovoce.runtime import open_function

@@ -7,7 +7,7 @@ executor (`sottovoce.language.context`), on a fleet or, with one list a device, 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -52,7 +52,7 @@ class CountTerms:
     newest: int = 0
     threshold: int = 3
     publish: bool = False
-    participation: ParticipationTerms = ParticipationTerms()
+    participation: ParticipationTerms = field(default_factory=ParticipationTerms)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,9 +149,7 @@ def counted(size: int, terms: CountTerms, *, with_devices: bool = True) -> tuple
         lane=narrow_lane(terms.most, size),
         entries=entries,
     )
-    devices = Aggregation(
-        name=DEVICES, tensors=tensors, encoding=Counted(maximum=1), lane="dense", presence_of=COUNTS
-    )
+    devices = Aggregation(name=DEVICES, tensors=tensors, encoding=Counted(maximum=1), lane="dense", presence_of=COUNTS)
     return (counts, devices) if with_devices else (counts,)
 
 

@@ -8,10 +8,12 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from edge_agent.ledger import Ledger, Release
 from sottovoce.errors import ConfigError, LocalProtocolError, PolicyRefusal, Replayed
+from sottovoce.plan import LocalWork, ParticipationTerms, Plan, PrivacyTerms, blob_ref
 
 RELEASE = Release(
     at_unix_s=1_800_000_000.5,
@@ -121,6 +123,53 @@ class TestSpend:
             ledger.spend(third, max_releases_per_state=2, oldest_example=10)
         ledger.spend(third, max_releases_per_state=2, oldest_example=11)
         assert ledger.rows()[0] == third
+
+
+class TestParticipation:
+    def plan(self, terms: ParticipationTerms, **changes: object) -> Plan:
+        privacy = PrivacyTerms(purpose="x", minimum_cohort=3, weight_cap=1, participation=terms)
+        made = Plan(
+            fleet="clinic",
+            name="digits",
+            collection="digits",
+            program=blob_ref(b""),
+            work=LocalWork(),
+            aggregations=(),
+            privacy=privacy,
+        )
+        return msgspec.structs.replace(made, **changes)
+
+    def test_the_last_release_of_a_plan_name_is_remembered_across_restarts(self, ledger: Ledger, path: Path) -> None:
+        assert ledger.last_release("clinic", "digits") is None
+        for n, round_ in enumerate((4, 5)):
+            ledger.spend(replace(RELEASE, session=session(n), round=round_), max_releases_per_state=9)
+        with Ledger(path) as again:
+            assert again.last_release("clinic", "digits") == (5, RELEASE.at_unix_s)
+            assert again.last_release("school", "digits") is None
+            assert again.last_release("clinic", "steps") is None
+
+    @pytest.mark.parametrize("outcome", ["committed", "abandoned", "unknown", None])
+    def test_nothing_leaves_a_second_time_for_another_plan_of_that_name(self, path: Path, outcome) -> None:
+        once = ParticipationTerms(once=True)
+        with Ledger(path) as ledger:
+            ledger.spend(RELEASE, max_releases_per_state=9, plan=self.plan(once))
+            if outcome:
+                ledger.settle(RELEASE.session, outcome)
+        other = replace(RELEASE, plan=b"q" * 32, state=b"t" * 32, round=5, session=session(5), at_unix_s=4e9)
+        with Ledger(path) as again:
+            with pytest.raises(PolicyRefusal, match="asks once, and was answered in round 4") as refusal:
+                again.spend(other, max_releases_per_state=9, plan=self.plan(once, collection="other"))
+            assert refusal.value.rule == "participation"
+            assert again.rows()[1:] == []
+
+    def test_every_so_many_days(self, ledger: Ledger) -> None:
+        plan = self.plan(ParticipationTerms(every_days=2))
+        ledger.spend(RELEASE, max_releases_per_state=9, plan=plan)
+        later = replace(RELEASE, round=5, session=session(5), at_unix_s=RELEASE.at_unix_s + 2 * 86_400 - 1)
+        with pytest.raises(PolicyRefusal, match="too early"):
+            ledger.spend(later, max_releases_per_state=9, plan=plan)
+        ledger.spend(replace(later, at_unix_s=later.at_unix_s + 1), max_releases_per_state=9, plan=plan)
+        assert len(ledger.rows()) == 2
 
 
 class TestSettle:

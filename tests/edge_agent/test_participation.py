@@ -21,6 +21,7 @@ from edge_agent.effects import (
     ForgetPending,
     HoldClientState,
     KeepEvidence,
+    KeepPublished,
     LocalFacts,
     Log,
     NextClientState,
@@ -67,7 +68,7 @@ from sottovoce.errors import (
     UnexpectedMessage,
 )
 from sottovoce.identity import SignedContext
-from sottovoce.plan import blob_ref, canonical, digest_of
+from sottovoce.plan import Extraction, ParticipationTerms, blob_ref, canonical, digest_of
 from sottovoce.wire.codec import ALL, Opened
 from sottovoce.wire.messages import (
     COORDINATOR_MESSAGES,
@@ -443,6 +444,29 @@ def test_what_is_known_in_advance_withdraws_at_once(machine: Machine, facts: dic
         Withdraw(code, machine.participation.device.identity.certificate.der)
     ]
     assert isinstance(machine.participation.state, Watching)
+
+
+def published_outcome(machine: Machine) -> list[Any]:
+    outcome = machine.message(Outcome)
+    changed = msgspec.structs.replace(outcome, announcement=digest_of(b"e"), committed=True, reason="")
+    return machine.receive(changed)
+
+
+@pytest.mark.parametrize(("rule", "follows"), [("participation", True), ("minimum_vocabulary", False)])
+def test_a_device_that_is_asked_too_early_still_gets_what_is_published(
+    machine: Machine, rule: str, follows: bool
+) -> None:
+    once = msgspec.structs.replace(machine.plan.privacy, participation=ParticipationTerms(once=True))
+    words = Extraction(
+        extractor="text.words/1", column="text", vocabularies=(("a",) if rule != "participation" else ("a", "b"),)
+    )
+    plan = msgspec.structs.replace(machine.plan, privacy=once, publish=True, extraction=words)
+    announce(machine, plan=plan)
+    effects = plan_arrives(machine, plan, last_release=(2, NOW / 1000 - 100))
+    assert [message.code for message in sent(effects)] == ["policy"]
+    assert any(isinstance(effect, Log) and rule in effect.text for effect in effects)
+    kept = [effect for effect in published_outcome(machine) if isinstance(effect, KeepPublished)]
+    assert [effect.plan for effect in kept] == ([plan.digest] if follows else [])
 
 
 def test_a_plan_of_another_fleet_is_refused(machine: Machine) -> None:

@@ -3,14 +3,24 @@
 import msgspec
 import pytest
 
-from edge_agent.policy import Policy, check_plan, client_terms
+from edge_agent.policy import Policy, check_participation, check_plan, client_terms
 from sottovoce.errors import ConfigError, PolicyRefusal
-from sottovoce.plan import Aggregation, Counted, LocalWork, Plan, PrivacyTerms, Quantised, blob_ref
+from sottovoce.plan import (
+    Aggregation,
+    Counted,
+    Extraction,
+    LocalWork,
+    ParticipationTerms,
+    Plan,
+    PrivacyTerms,
+    Quantised,
+    blob_ref,
+)
 
 NOW_S = 1_800_000_000.0
 
 
-def plan(name="digits", collection="digits", aggregations=None, **terms) -> Plan:
+def plan(name="digits", collection="digits", aggregations=None, extraction=None, **terms) -> Plan:
     privacy = {"purpose": "read handwriting", "minimum_cohort": 12, "weight_cap": 100} | terms
     return Plan(
         fleet="clinic",
@@ -20,7 +30,12 @@ def plan(name="digits", collection="digits", aggregations=None, **terms) -> Plan
         work=LocalWork(),
         aggregations=aggregations or (update(1.0),),
         privacy=PrivacyTerms(**privacy),
+        extraction=extraction,
     )
+
+
+def words(*vocabularies: tuple[str, ...], extractor: str = "text.words/1") -> Plan:
+    return plan(extraction=Extraction(extractor=extractor, column="text", vocabularies=vocabularies))
 
 
 def update(clip: float | None) -> Aggregation:
@@ -34,6 +49,9 @@ def update(clip: float | None) -> Aggregation:
 
 
 COUNT = Aggregation(name="correct", tensors=("float32[1]",), encoding=Counted(maximum=9), lane="uint64")
+COUNTS = Aggregation(name="counts", tensors=("int32[64]",), encoding=Counted(maximum=9), entries=8)
+ALL_COUNTS = Aggregation(name="counts", tensors=("int32[64]",), encoding=Counted(maximum=9))
+DEVICES = Aggregation(name="devices", tensors=("int32[64]",), encoding=Counted(maximum=1), presence_of="counts")
 
 
 def test_the_default_policy_allows_an_ordinary_plan() -> None:
@@ -52,6 +70,11 @@ def test_the_default_policy_allows_an_ordinary_plan() -> None:
         (Policy(max_clip_norm=1.0), plan(aggregations=(update(1.0), COUNT))),
         (Policy(), plan(aggregations=(update(None),))),
         (Policy(), plan(expires_unix_s=int(NOW_S))),
+        (Policy(max_entries=8, max_count=9), plan(aggregations=(COUNTS, DEVICES, update(1.0)))),
+        (Policy(), plan(aggregations=(ALL_COUNTS,))),
+        (Policy(), words(("a", "b"))),
+        (Policy(minimum_vocabulary=1), words(("a",))),
+        (Policy(minimum_vocabulary=3), words(("a", "b", "c"), ("x", "y", "z"), extractor="text.bigrams/1")),
     ],
 )
 def test_allows_at_the_limit(policy: Policy, allowed: Plan) -> None:
@@ -76,6 +99,13 @@ def test_allows_at_the_limit(policy: Policy, allowed: Plan) -> None:
         ("max_weight", Policy(max_weight=99), plan(), "up to 100 examples of a device; this one allows 99"),
         ("max_clip_norm", Policy(max_clip_norm=0.5), plan(), "clipped to 1; this device asks for 0.5"),
         ("max_clip_norm", Policy(max_clip_norm=0.5), plan(aggregations=(update(None),)), "is not clipped"),
+        ("max_entries", Policy(max_entries=7), plan(aggregations=(COUNTS,)), "'counts' takes up to 8 .* allows 7"),
+        ("max_entries", Policy(max_entries=63), plan(aggregations=(ALL_COUNTS,)), "up to 64 entries of a device"),
+        ("max_count", Policy(max_count=8), plan(aggregations=(COUNTS,)), "counts up to 9; this device allows 8"),
+        ("extractor", Policy(), words(("a", "b"), extractor="text.haiku/7"), "'text.haiku/7'; this device has text.wo"),
+        ("minimum_vocabulary", Policy(), words(("a",)), "of one word: a test whether that one word is said"),
+        ("minimum_vocabulary", Policy(), words(("a", "b"), ("x",), extractor="text.bigrams/1"), "at least 2"),
+        ("minimum_vocabulary", Policy(minimum_vocabulary=3), words(("a", "b")), "of 2 words; this device asks for at"),
     ],
 )
 def test_refuses_with_the_rule_and_the_numbers(rule: str, policy: Policy, refused: Plan, text: str) -> None:
@@ -92,9 +122,47 @@ def test_the_floor_holds_even_against_a_policy_that_was_never_checked() -> None:
 
 
 def test_a_policy_itself_refuses_the_impossible() -> None:
-    for wrong in ({"minimum_cohort": 2}, {"minimum_honest_survivors": 1}, {"modes": ()}, {"threads": 0}):
+    for wrong in (
+        {"minimum_cohort": 2},
+        {"minimum_honest_survivors": 1},
+        {"modes": ()},
+        {"threads": 0},
+        {"minimum_vocabulary": 0},
+    ):
         with pytest.raises(ConfigError, match=f"policy.{next(iter(wrong))}"):
             Policy(**wrong)
+
+
+DAY_S = 86_400.0
+
+
+@pytest.mark.parametrize(
+    ("terms", "round_", "days", "text"),
+    [
+        (ParticipationTerms(), 5, 0.0, None),
+        (ParticipationTerms(once=True), 5, 4000.0, "asks once, and was answered in round 4"),
+        (ParticipationTerms(every_days=7), 5, 6.99, "every 7 days, .* round 4; it is too early until 2027-01-22 08:00"),
+        (ParticipationTerms(every_days=7), 5, 7.0, None),
+        (ParticipationTerms(every_days=7), 5, -1.0, "too early"),
+        # Another attempt of the round that was answered.
+        (ParticipationTerms(once=True), 4, 0.0, None),
+        (ParticipationTerms(every_days=7), 4, 0.0, None),
+    ],
+)
+def test_a_plan_that_asks_seldom_is_answered_seldom(terms, round_: int, days: float, text: str | None) -> None:
+    def check() -> None:
+        check_participation(plan(participation=terms), round=round_, last=(4, NOW_S), now_s=NOW_S + days * DAY_S)
+
+    if text is None:
+        check()
+        return
+    with pytest.raises(PolicyRefusal, match=text) as refusal:
+        check()
+    assert refusal.value.rule == "participation"
+
+
+def test_the_first_answer_is_never_too_early() -> None:
+    check_participation(plan(participation=ParticipationTerms(once=True)), round=1, last=None, now_s=NOW_S)
 
 
 def test_the_session_gets_the_owners_terms() -> None:

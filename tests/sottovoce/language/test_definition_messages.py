@@ -187,7 +187,7 @@ REFUSED: dict[str, tuple[Defined, tuple[str, ...], str]] = {
         ".c: x ({<a=float32,b=int32>}@CLIENTS) has no element 'c'; it has a, b",
     ),
     "value before function": (
-        lambda x: sv.federated_map(x, sv.identity),
+        lambda x: sv.federated_map(x, sv.cast("float32")),
         (FLOATS,),
         "federated_map: the function comes first, then the value: sv.federated_map(function, value)",
     ),

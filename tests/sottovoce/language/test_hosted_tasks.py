@@ -30,7 +30,12 @@ MOMENTS_RESULTS = {
     "sum_of_squares": SumTerms(Quantised(half_range=1e6, bits=44)),
 }
 WORK = LocalWork(epochs=5, batch_size=32)
-OTHERS: Mapping[str, Any] = {"name": "task", "purpose": "to see", "collection": "mine", "largest_cohort": 21}
+OTHERS: Mapping[str, Any] = {
+    "name": "task",
+    "purpose": "to see\nand to know",
+    "collection": "mine",
+    "largest_cohort": 21,
+}
 
 
 def training(bundle: bytes = DIGITS, **changed: Any) -> HostedProgram:
@@ -70,7 +75,7 @@ def test_a_model_asks_for_its_update_and_the_metrics_named() -> None:
     assert (correct.name, correct.encoding, correct.weighted, correct.lane) == (
         "correct", Counted(maximum=500), False, "uint32",
     )  # fmt: skip
-    assert (request.name, request.purpose, request.collection) == ("task", "to see", "mine")
+    assert (request.name, request.purpose, request.collection) == ("task", "to see\nand to know", "mine")
     assert (request.key, request.work, request.weight_cap, request.bundle) == ("", WORK, 500, DIGITS)
     assert program.length == 3
     assert program.model == read_bundle(BUNDLES / "digits.svp")[0]

@@ -185,7 +185,7 @@ def test_federated_aggregate_accumulates_merges_and_reports(values: list[bool]) 
 def test_federated_aggregate_needs_accumulators_of_one_type() -> None:
     to_float = sv.server_computation("int32", "int32", result="float32")(lambda a, b: a)
     with pytest.raises(ConfigError, match=r"the result of merge \(lambda\)"):
-        defined(lambda x: sv.federated_aggregate(x, 0, add, to_float, sv.identity), INTS)
+        defined(lambda x: sv.federated_aggregate(x, 0, add, to_float, lambda whole: whole), INTS)
 
 
 def test_federated_select_slices_what_each_client_asks_for() -> None:

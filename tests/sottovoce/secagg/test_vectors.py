@@ -44,9 +44,14 @@ LENIENT = {"minimum_cohort": 3, "minimum_honest_survivors": 2, "modes": ["active
 Inputs = Mapping[str, Any]
 
 
+WRITTEN_BY_HAND = {"text.json", "sketches.json"}
+"""Examples, not computed ones: what people expect of a message's words."""
+
+
 def test_no_vector_file_is_stale() -> None:
     made = vector_files.files()
-    stored = {path.name: path.read_text(encoding="utf-8") for path in FOLDER.glob("*.json")}
+    paths = [path for path in FOLDER.glob("*.json") if path.name not in WRITTEN_BY_HAND]
+    stored = {path.name: path.read_text(encoding="utf-8") for path in paths}
     stale = [name for name in sorted(made.keys() | stored.keys()) if made.get(name) != stored.get(name)]
     assert not stale, (
         f"stale: {', '.join(stale)}; look at what has changed in the protocol, then run scripts/make_vectors"

@@ -1,0 +1,155 @@
+"""What `sottovoce lint` and `sottovoce export` do: a model from a file, a table, a bundle and what it costs."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import tensorflow as tf
+
+from models.export import Function
+from models.keras_export import export, random_batches
+from models.keras_training import Training, functions_of, source_inputs, training_of
+from models.lint import lint, table
+from sottovoce.bundle import Bundle
+from sottovoce.errors import ConfigError
+from sottovoce.runtime import open_program, runtime_name
+from sottovoce.tensors import decode_tensors
+
+keras = tf.keras
+_TIMED_STEPS = 20
+_MEGABYTE = 1e6
+
+
+def load(name: str) -> Any:
+    """Return the Keras model that `name` means.
+
+    Args:
+        name: A `.keras` file, or `file.py:function` or `package.module:function`, a function that returns a model.
+
+    Raises:
+        ConfigError: There is no such file, module or function, or what it returns is no Keras model.
+    """
+    if name.endswith((".keras", ".h5")):
+        if not Path(name).is_file():
+            raise ConfigError(f"there is no file {name}")
+        return keras.models.load_model(name)
+    source, _, function = name.partition(":")
+    if not function:
+        raise ConfigError(f"{name!r} is neither a .keras file nor file.py:function nor package.module:function")
+    found = getattr(_module(source), function, None)
+    if found is None:
+        raise ConfigError(f"{source} has no {function!r}")
+    model = found() if callable(found) and not isinstance(found, keras.Model) else found
+    if not isinstance(model, keras.Model):
+        raise ConfigError(f"{name} is a {type(model).__name__}, not a Keras model")
+    return model
+
+
+def _module(source: str) -> Any:
+    if not source.endswith(".py"):
+        try:
+            return importlib.import_module(source)
+        except ImportError as error:
+            raise ConfigError(f"cannot import {source}: {error}") from error
+    specification = importlib.util.spec_from_file_location(Path(source).stem, source)
+    if specification is None or specification.loader is None or not Path(source).is_file():
+        raise ConfigError(f"there is no file {source}")
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[specification.name] = module
+    specification.loader.exec_module(module)
+    return module
+
+
+def lint_report(name: str) -> list[str]:
+    """Return the table of `sottovoce lint`.
+
+    Raises:
+        ConfigError: See `load`.
+        CannotTrain: The model cannot even be traced.
+    """
+    return table(lint(load(name)))
+
+
+def export_report(name: str, out: Path, *, loss: str | None, optimizer: str | None, batch_size: int) -> list[str]:
+    """Write the bundle of the model that `name` means to `out`; return what is worth saying about it.
+
+    Args:
+        name: See `load`.
+        out: A `.svp` file.
+        loss: Keras' name of the loss; None takes the one that the model was compiled with.
+        optimizer: Likewise.
+        batch_size: For the time and the memory of a step.
+
+    Raises:
+        ConfigError: See `load`; or no loss was given.
+        CannotTrain: The text names the layer and the cure.
+        SelfTestFailed: The runtime's results are not those of Keras.
+    """
+    model = load(name)
+    chosen = loss or getattr(model, "loss", None)
+    if chosen is None:
+        raise ConfigError("the model was not compiled: name its loss, as in --loss sparse_categorical_crossentropy")
+    by = optimizer or getattr(model, "optimizer", None) or "sgd"
+    training = training_of(model, loss=chosen, optimizer=by)
+    bundle = export(model, loss=chosen, optimizer=by, path=out)
+    parameters = sum(value.size for name, value in training.initial().items() if name in training.learned)
+    frozen = model.count_params() - parameters
+    step = peak_bytes(training, batch_size)
+    return [
+        f"{out}: {out.stat().st_size} bytes, of which {len(bundle.initial)} are the first weights",
+        f"parameters     {parameters} learned, {frozen} frozen or not sent",
+        f"peak memory    about {step / _MEGABYTE:.1f} MB for a step of {batch_size}, beside the runtime's own",
+        f"time           {step_ms(bundle, batch_size):.2f} ms for a step of {batch_size} on {runtime_name()}",
+        f"self-test      {len(bundle.self_test.batches)} steps agree with Keras to {bundle.self_test.tolerance:g}",
+    ]
+
+
+def step_ms(bundle: Bundle, batch_size: int) -> float:
+    """Return the median time of a training step on this machine, in milliseconds."""
+    program, batch = open_program(bundle), random_batches(bundle.batch, bundle.name, (batch_size,))[0]
+    state = program.begin(decode_tensors(bundle.initial))
+    times = []
+    for _ in range(_TIMED_STEPS):
+        before = time.perf_counter()
+        state, _ = program.step(state, batch)
+        times.append(time.perf_counter() - before)
+    return 1000 * statistics.median(times)
+
+
+def peak_bytes(training: Training, batch_size: int) -> int:
+    """Return how much the tensors of a step need at once if each is freed after its last use: an estimate.
+
+    Inputs and outputs (the state) live throughout, as the runtime keeps them.
+    """
+    step: Function = functions_of(training)["step"]
+    specs = {p.name: tf.TensorSpec(p.tensor_type.shape, p.tensor_type.dtype) for p in source_inputs(training)}
+    graph = tf.function(lambda **given: step(given), autograph=False).get_concrete_function(**specs).graph
+    size: Callable[[Any], int] = lambda tensor: _bytes(tensor, batch_size)  # noqa: E731
+    operations = graph.get_operations()
+    last = {tensor.name: at for at, op in enumerate(operations) for tensor in op.inputs}
+    last |= {tensor.name: len(operations) for tensor in (*graph.inputs, *graph.outputs)}
+    freed: dict[int, int] = {}
+    live = peak = 0
+    for at, op in enumerate(operations):
+        for tensor in op.outputs:
+            live += size(tensor)
+            freed[last.get(tensor.name, at)] = freed.get(last.get(tensor.name, at), 0) + size(tensor)
+        peak = max(peak, live)
+        live -= freed.get(at, 0)
+    return peak
+
+
+def _bytes(tensor: Any, batch_size: int) -> int:
+    if tensor.shape.rank is None or tensor.dtype.size == 0:
+        return 0
+    entries = 1
+    for length in tensor.shape.as_list():
+        entries *= batch_size if length is None else length
+    return entries * int(tensor.dtype.size)

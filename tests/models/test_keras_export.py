@@ -1,0 +1,220 @@
+"""From a Keras model to a bundle: losses, optimizers, several inputs and outputs, frozen layers, and refusals."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from models.export import DELTA
+from models.keras_export import export, random_batches
+from models.keras_reference import reference_of
+from models.keras_training import training_of
+from sottovoce.bundle import read_bundle
+from sottovoce.errors import BadBundle, SelfTestFailed
+from sottovoce.runtime import open_program
+from sottovoce.tensors import decode_tensors
+
+keras, layers = tf.keras, tf.keras.layers
+SIZES = (1, 3, 8) * 6 + (1, 3)
+
+
+def mlp(*, units: int = 3, activation: str | None = "softmax") -> Any:
+    """Return a small multi-layer perceptron with the same weights at every call."""
+    keras.utils.set_random_seed(1)
+    hidden = layers.Dense(5, activation="tanh", name="hidden")
+    return keras.Sequential([keras.Input((6,)), hidden, layers.Dense(units, activation=activation, name="last")])
+
+
+def largest_difference(model: Any, **settings: Any) -> float:
+    """Return how far a weight or a metric is from Keras' after 20 steps on the runtime."""
+    program = open_program(bundle := export(model, **settings))
+    broadcast = decode_tensors(bundle.initial)
+    batches = random_batches(bundle.batch, "losses", SIZES)
+    expected = reference_of(training_of(model, **settings), broadcast, batches)
+    state, totals = program.begin(broadcast), {port.name: 0.0 for port in bundle.metrics}
+    for batch in batches:
+        state, metrics = program.step(state, batch)
+        totals = {name: total + float(metrics[name][0]) for name, total in totals.items()}
+    found = program.finish(state, broadcast)
+    assert all(np.abs(value).max() > 1e-4 for value in found.values()), "a weight was not learned"
+    assert totals == pytest.approx({name: float(expected[name][0]) for name in totals}, rel=1e-4)
+    return max(float(np.abs(value - expected[name]).max()) for name, value in found.items())
+
+
+LOSSES: dict[str, tuple[Any, int, str | None]] = {
+    "sparse": ("sparse_categorical_crossentropy", 3, "softmax"),
+    "sparse_of_logits": (keras.losses.SparseCategoricalCrossentropy(from_logits=True), 3, None),
+    "categorical": (keras.losses.CategoricalCrossentropy(label_smoothing=0.1), 3, "softmax"),
+    "categorical_of_logits": (keras.losses.CategoricalCrossentropy(from_logits=True), 3, None),
+    "binary": ("binary_crossentropy", 2, "sigmoid"),
+    "binary_of_logits": (keras.losses.BinaryCrossentropy(from_logits=True, label_smoothing=0.2), 1, None),
+    "mse": ("mse", 2, None),
+    "mae": ("mae", 2, None),
+    "huber": (keras.losses.Huber(delta=0.4), 2, None),
+    "not_from_a_softmax": ("sparse_categorical_crossentropy", 3, "sigmoid"),
+}
+OPTIMIZERS: dict[str, tuple[Any, float, float]] = {
+    "sgd": (lambda: keras.optimizers.SGD(0.1), 0.0, 1e-5),
+    "momentum": (lambda: keras.optimizers.SGD(0.05, momentum=0.9), 0.0, 1e-5),
+    "nesterov": (lambda: keras.optimizers.SGD(0.05, momentum=0.8, nesterov=True), 0.0, 1e-5),
+    "adam": (lambda: keras.optimizers.Adam(0.01), 0.0, 5e-5),
+    "weight_decay": (lambda: keras.optimizers.SGD(0.1, weight_decay=0.1), 0.0, 1e-5),
+    "clipping": (lambda: keras.optimizers.SGD(0.1, global_clipnorm=0.3), 0.0, 1e-5),
+    "adamw_clipped": (lambda: keras.optimizers.AdamW(0.01, weight_decay=0.1, global_clipnorm=0.3), 0.0, 5e-5),
+    "proximal": (lambda: keras.optimizers.SGD(0.1), 0.5, 1e-5),
+}
+_SLOW = {"sparse_of_logits", "categorical_of_logits", "binary_of_logits", "mae", "not_from_a_softmax", "binary"}
+_SLOW |= {"nesterov", "weight_decay", "clipping", "sgd"}
+
+
+def _cases(names: Any) -> list[Any]:
+    return [pytest.param(name, marks=[pytest.mark.slow] if name in _SLOW else []) for name in names]
+
+
+@pytest.mark.parametrize("name", _cases(LOSSES))
+def test_a_loss_is_keras_own(name: str) -> None:
+    loss, units, activation = LOSSES[name]
+    model = mlp(units=units, activation=activation)
+    assert largest_difference(model, loss=loss, optimizer=keras.optimizers.SGD(0.1)) <= 1e-5
+
+
+@pytest.mark.parametrize("name", _cases(OPTIMIZERS))
+def test_an_optimizer_is_keras_own(name: str) -> None:
+    make, proximal, tolerance = OPTIMIZERS[name]
+    settings = {"loss": "sparse_categorical_crossentropy", "optimizer": make(), "proximal": proximal}
+    assert largest_difference(mlp(), **settings) <= tolerance
+
+
+def test_the_proximal_term_holds_a_weight_back() -> None:
+    moved = {}
+    for mu in (0.0, 5.0):
+        training = training_of(mlp(), loss="sparse_categorical_crossentropy", optimizer="sgd", proximal=mu)
+        initial = training.initial()
+        ports = (*training.traced.features, *training.labels)
+        found = reference_of(
+            training, {**initial, "learning_rate": np.float32([0.1])}, random_batches(ports, "m", SIZES)
+        )
+        moved[mu] = math.sqrt(sum(float((found[DELTA + name] ** 2).sum()) for name in training.learned))
+    assert moved[5.0] < 0.8 * moved[0.0]
+
+
+def test_several_inputs_outputs_and_a_shared_layer(tmp_path: Path) -> None:
+    keras.utils.set_random_seed(1)
+    left, right = keras.Input((4,), name="left"), keras.Input((4,), name="right")
+    shared = layers.Dense(5, activation="relu", name="shared")
+    both = layers.Concatenate()([shared(left), shared(right), layers.Multiply()([left, right])])
+    one = layers.Dense(3, activation="softmax", name="one")(both)
+    two = layers.Dense(1, name="two")(layers.Add()([shared(left), shared(right)]))
+    model = keras.Model([left, right], [one, two])
+    settings = {"loss": ["sparse_categorical_crossentropy", "mse"], "optimizer": keras.optimizers.SGD(0.1)}
+    assert largest_difference(model, **settings) <= 1e-5
+    bundle = export(model, **settings, path=tmp_path / "two.svp")
+    assert read_bundle(tmp_path / "two.svp")[0] == bundle
+    assert [port.name for port in bundle.batch] == ["left", "right", "y_0", "y_1"]
+    assert [port.name for port in bundle.predictions] == ["prediction_0", "prediction_1"]
+
+
+def test_a_frozen_layer_and_a_regularised_one() -> None:
+    model = mlp()
+    model.get_layer("hidden").trainable = False
+    model.get_layer("last").kernel_regularizer = keras.regularizers.L2(0.1)
+    settings = {"loss": "sparse_categorical_crossentropy", "optimizer": keras.optimizers.SGD(0.1)}
+    assert largest_difference(model, **settings) <= 1e-5
+    bundle = export(model, **settings)
+    assert [port.name for port in bundle.broadcast] == ["last_kernel", "last_bias", "learning_rate"]
+    assert bundle.results[0].updates == ("last_kernel", "last_bias")
+
+
+def test_a_subclassed_model_and_a_layer_that_nobody_foresaw() -> None:
+    class Scale(layers.Layer):  # type: ignore[misc]
+        def build(self, shape: Any) -> None:
+            self.gain = self.add_weight(shape=(shape[-1],), initializer="ones", name="gain")
+
+        def call(self, x: Any) -> Any:
+            return keras.ops.sqrt(keras.ops.abs(x * self.gain) + 1.0) - keras.ops.log1p(keras.ops.square(x))
+
+    class Own(keras.Model):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale, self.last = Scale(), layers.Dense(3, activation="softmax")
+
+        def call(self, x: Any, training: bool = False) -> Any:
+            return self.last(self.scale(x))
+
+    keras.utils.set_random_seed(1)
+    model = Own()
+    model(np.zeros((1, 6), np.float32))
+    settings = {"loss": "sparse_categorical_crossentropy", "batch_spec": {"x": "float32[?,6]"}}
+    assert largest_difference(model, **settings, optimizer=keras.optimizers.SGD(0.1)) <= 1e-5
+
+
+def test_an_export_leaves_the_model_as_it_was() -> None:
+    model = keras.Sequential([keras.Input((4, 3)), layers.GRU(2), layers.BatchNormalization(), layers.Dense(3)])
+    before = [value.copy() for value in model.get_weights()]
+    export(model, loss="mse", optimizer="sgd")
+    for value, first in zip(model.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(value, first)
+    assert model.layers[0].unroll is False
+    assert "call" not in vars(model.layers[0])
+
+
+def test_masks_differ_between_steps_devices_and_rows() -> None:
+    model = keras.Sequential([keras.Input((40,)), layers.Dropout(0.5), layers.Dense(3, activation="softmax")])
+    program = open_program(bundle := export(model, loss="sparse_categorical_crossentropy", optimizer="sgd"))
+    broadcast = decode_tensors(bundle.initial)
+    same = {"x": np.ones((2, 40), np.float32), "y": np.zeros(2, np.int32)}
+    other = {**same, "x": same["x"] * 1.25}
+    state = program.begin(broadcast)
+    after, first = program.step(state, same)
+    assert program.step(state, same)[1]["loss"] == first["loss"]
+    assert program.step({**state, "local_steps": after["local_steps"]}, same)[1]["loss"] != first["loss"]
+    kernel = "local_" + next(name for name in broadcast if name.endswith("kernel"))
+    moved = [program.step(state, batch)[0][kernel] - state[kernel] for batch in (same, other)]
+    kept = [np.abs(each).max(axis=1) > 0 for each in moved]
+    assert not np.array_equal(*kept)
+    # Two rows of the same values: with one mask for both, half of the inputs would get no gradient, not a quarter.
+    assert 20 < kept[0].sum() < 40
+
+
+def test_what_cannot_be_trained_is_refused_with_the_layer_and_the_cure() -> None:
+    up = layers.UpSampling2D(2, interpolation="bilinear", name="enlarge")
+    model = keras.Sequential([keras.Input((3, 3, 1)), layers.Conv2D(2, 2), up, layers.Flatten(), layers.Dense(2)])
+    with pytest.raises(BadBundle, match=r"layer 'enlarge' \(UpSampling2D\).*ResizeBilinear.*replace UpSampling2D"):
+        export(model, loss="mse", optimizer="sgd")
+    with pytest.raises(BadBundle, match="fix the others"):
+        export(keras.Sequential([keras.Input((None, 3)), layers.GRU(2)]), loss="mse", optimizer="sgd")
+    with pytest.raises(BadBundle, match="no weights yet"):
+        export(keras.Sequential([layers.Dense(2)]), loss="mse", optimizer="sgd")
+    with pytest.raises(BadBundle, match="no weight to train"):
+        export(keras.Sequential([keras.Input((3,)), layers.ReLU()]), loss="mse", optimizer="sgd")
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"loss": "poisson"}, "the loss 'poisson' is not among"),
+        ({"loss": ["mse", "mse"]}, "1 outputs and 2 losses"),
+        ({"optimizer": "rmsprop"}, "RMSprop does not run on devices"),
+        ({"optimizer": keras.optimizers.SGD(clipnorm=1.0)}, "use global_clipnorm"),
+        ({"optimizer": keras.optimizers.SGD(keras.optimizers.schedules.CosineDecay(0.1, 9))}, "schedule"),
+    ],
+)
+def test_settings_that_devices_do_not_follow_are_refused(settings: Any, text: str) -> None:
+    with pytest.raises(BadBundle, match=text):
+        export(mlp(activation=None), **{"loss": "mse", "optimizer": "sgd", **settings})
+
+
+def test_a_bundle_that_disagrees_with_keras_is_not_written(tmp_path: Path) -> None:
+    class Sly(layers.Layer):  # type: ignore[misc]
+        def call(self, x: Any) -> Any:
+            return x * (1.0 if tf.executing_eagerly() else 1.1)
+
+    model = keras.Sequential([keras.Input((6,)), layers.Dense(4), Sly(), layers.Dense(3)])
+    with pytest.raises(SelfTestFailed):
+        export(model, loss="mse", optimizer=keras.optimizers.SGD(0.1), path=tmp_path / "sly.svp")
+    assert not (tmp_path / "sly.svp").exists()
