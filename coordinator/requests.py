@@ -28,6 +28,7 @@ from sottovoce.plan import (
     canonical,
     check_plan,
     digest_of,
+    settled,
 )
 from sottovoce.secagg.lanes import Aggregate, layout_of
 from sottovoce.tensors import decode_tensors, encode_tensors
@@ -64,7 +65,7 @@ def plan_of(request: RoundRequest, terms: RoundTerms, *, fleet: str, chunk_bytes
     Raises:
         ConfigError: A number in it is impossible, or its sums do not fit into their lanes for so large a cohort.
     """
-    plan = Plan(
+    asked = Plan(
         fleet=fleet,
         name=request.name,
         collection=request.collection,
@@ -82,6 +83,7 @@ def plan_of(request: RoundRequest, terms: RoundTerms, *, fleet: str, chunk_bytes
         extraction=request.extraction,
         publish=request.publish,
     )
+    plan = settled(asked)
     check_plan(plan)
     layout_of(plan, maximum_clients=terms.cohort.wanted)
     return plan

@@ -39,7 +39,10 @@ def load(name: str) -> Any:
     if name.endswith((".keras", ".h5")):
         if not Path(name).is_file():
             raise ConfigError(f"there is no file {name}")
-        return keras.models.load_model(name)
+        try:
+            return keras.models.load_model(name)
+        except (ValueError, OSError) as error:
+            raise ConfigError(f"Keras cannot load {name}: {' '.join(str(error).split())}") from error
     source, _, function = name.partition(":")
     if not function:
         raise ConfigError(f"{name!r} is neither a .keras file nor file.py:function nor package.module:function")

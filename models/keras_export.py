@@ -9,17 +9,22 @@ own optimizer; the bundle is run on this machine's TFLite runtime, and is only w
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tensorflow as tf
 
 from models.export import DELTA, ProgramSource, port_of, scalar_ports, seed_of
 from models.export import export as export_program
+from models.gradients import CannotTrain, layer_of
 from models.keras_reference import reference_of
 from models.keras_training import Training, functions_of, state_of, training_of
+from models.lint import OTHERWISE
 from sottovoce.bundle import Bundle, Port, Result, encode_bundle
+from sottovoce.errors import BadBundle
 from sottovoce.types import Array
 
 BATCH_SIZES = (4, 1, 3, 1, 2)
@@ -37,6 +42,7 @@ def export(
     name: str = "",
     description: str = "",
     proximal: float = 0.0,
+    int8: bool = False,
 ) -> Bundle:
     """Return the bundle of a Keras model with all five roles, and write it to `path` if there is one.
 
@@ -54,16 +60,36 @@ def export(
         name: Of the bundle; None takes the model's.
         description: One sentence in plain words.
         proximal: FedProx's mu, at least 0.
+        int8: Keep large weights of frozen layers as int8; what the bundle is held against is Keras with these.
 
     Raises:
         CannotTrain: The text names the layer and the cure.
         SelfTestFailed: The runtime's results are not those of Keras.
     """
-    training = training_of(model, loss=loss, optimizer=optimizer, batch_spec=batch_spec, proximal=proximal)
-    bundle = export_program(source_of(training, name or model.name, description), quickly=True)
+    training = training_of(model, loss=loss, optimizer=optimizer, batch_spec=batch_spec, proximal=proximal, int8=int8)
+    source = source_of(training, name or model.name, description)
+    try:
+        bundle = export_program(source, quickly=True)
+    except BadBundle as error:
+        raise _named(error, source) from error
     if path is not None:
         path.write_bytes(encode_bundle(bundle))
     return bundle
+
+
+def _named(error: BadBundle, source: ProgramSource) -> BadBundle:
+    """Return `error` with the layers that make the operations it names, or as it is where it names none."""
+    missing = set(re.findall(r"\btf\.(\w+)", str(error)))
+    kinds = {port.name: port.tensor_type for port in source.inputs("step")}
+    specs = {name: tf.TensorSpec(kind.shape, kind.dtype) for name, kind in kinds.items()}
+    step = tf.function(lambda **given: source.functions["step"](given), autograph=False)
+    operations = step.get_concrete_function(**specs).graph.get_operations() if missing else []
+    layers = sorted({layer_of(op.name) for op in operations if op.type in missing})
+    if not layers:
+        return error
+    return CannotTrain(
+        f"layer {', '.join(map(repr, layers))}: devices have no {', '.join(sorted(missing))}; {OTHERWISE}"
+    )
 
 
 def source_of(training: Training, name: str, description: str) -> ProgramSource:

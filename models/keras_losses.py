@@ -59,10 +59,9 @@ class Loss:
             output: The model's output in the replayed graph.
             labels: As `label` says.
         """
-        ending = "Sigmoid" if self.kind == "binary_crossentropy" else "Softmax"
         source = source_of(output)
         is_logits = self.from_logits
-        if not is_logits and source.op.type == ending and "crossentropy" in self.kind:
+        if not is_logits and source.op.type in ("Softmax", "Sigmoid") and "crossentropy" in self.kind:
             output, is_logits = source.op.inputs[0], True
         losses = LOSSES[self.kind](self, output, labels, is_logits)
         return tf.reduce_mean(losses, axis=list(range(1, losses.shape.rank))) if losses.shape.rank > 1 else losses
@@ -90,9 +89,15 @@ def loss_of(identifier: Any) -> Loss:
     """
     found = keras.losses.get(identifier)
     kind = str(getattr(found, "name", None) or getattr(found, "__name__", found))
+    kind = "huber" if kind == "huber_loss" else kind
     if kind not in LOSSES:
         raise CannotTrain(f"the loss {kind!r} is not among {', '.join(LOSSES)}; use one of them")
     settings = found.get_config() if isinstance(found, keras.losses.Loss) else {}
+    if settings.get("reduction", "mean") not in ("mean", "sum_over_batch_size"):
+        raise CannotTrain(
+            f"the loss {kind!r} with reduction={settings['reduction']!r}; leave it out: devices take the mean"
+        )
+    settings |= getattr(found, "_fn_kwargs", {})  # Huber's own configuration forgets its delta.
     if settings.get("ignore_class") is not None or settings.get("axis", -1) not in (-1, None):
         raise CannotTrain(f"the loss {kind!r} with ignore_class or another axis than the last; leave both out")
     wrapped = (

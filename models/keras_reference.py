@@ -15,7 +15,7 @@ import numpy as np
 import tensorflow as tf
 
 from models.export import DELTA, Arrays
-from models.keras_tracing import packed, unrolled
+from models.keras_tracing import frozen_variables, packed, unrolled
 from models.keras_training import Training, forward
 from models.ops import Tensor
 from sottovoce.types import Array
@@ -41,6 +41,8 @@ def reference_of(training: Training, broadcast: Arrays, batches: Sequence[Arrays
     with borrowed(model):
         for name, variable in learned.items():
             variable.assign(broadcast[name])
+        for name, variable in frozen_variables(traced).items():
+            variable.assign(traced.rounded[name].value)
         for step, batch in enumerate(batches):
             slopes, outputs, loss = gradients(batch, step)
             for name, value in _counted(training, outputs, batch, loss).items():

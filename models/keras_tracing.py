@@ -17,6 +17,7 @@ from typing import Any
 import tensorflow as tf
 
 from models.gradients import RANDOM, CannotTrain, Uniform, replay, scope_of
+from models.keras_quantised import Int8, rounded
 from models.ops import Tensor
 from sottovoce.bundle import Port
 from sottovoce.types import TensorType
@@ -48,6 +49,7 @@ class Traced:
         features: One port for each input, in the model's order.
         trained: Port name -> Keras variable, what the gradient changes.
         statistics: The same for what the forward pass changes.
+        rounded: Port name -> int8 of the frozen weights that are kept so.
         graphs: training -> (graph, names of placeholders, outputs, moved statistics, penalty).
     """
 
@@ -55,6 +57,7 @@ class Traced:
     features: tuple[Port, ...]
     trained: Mapping[str, Any]
     statistics: Mapping[str, Any]
+    rounded: Mapping[str, Int8]
     graphs: Mapping[bool, _Graph]
 
     @property
@@ -66,14 +69,21 @@ class Traced:
         """Return a forward pass in the current graph.
 
         Args:
-            values: Every trained weight, statistic and feature by name.
+            values: Every trained weight, statistic and feature by name, and `learning_rate`.
             training: As Keras means it.
             uniform: See `models.gradients.replay`.
             as_it_is: Likewise.
         """
         graph = self.graphs[training]
         known = {tensor: values[name] for name, tensor in graph.inputs.items() if name in values}
-        frozen = {tensor: tf.constant(value) for tensor, value in graph.constants.items() if tensor not in known}
+        small = {graph.inputs[name]: whole for name, whole in self.rounded.items()}
+        frozen = {
+            tensor: tf.constant(small[tensor].value if tensor in small else value)
+            for tensor, value in graph.constants.items()
+            if tensor not in known and (as_it_is or tensor not in small)
+        }
+        if not as_it_is:
+            frozen |= {tensor: whole.tensor(values["learning_rate"]) for tensor, whole in small.items()}
         penalties = [] if graph.penalty is None else [graph.penalty]
         wanted = [*graph.outputs, *graph.statistics.values(), *penalties]
         found = replay(wanted, {**frozen, **known}, uniform=uniform, as_it_is=as_it_is)
@@ -95,14 +105,17 @@ class _Graph:
     whole: Any
 
 
-def trace(model: Any, features: Sequence[Port]) -> Traced:
+def trace(model: Any, features: Sequence[Port], *, int8: bool = False) -> Traced:
     """Return `model` as a function of its weights.
+
+    Args:
+        model: A Keras model that is built.
+        features: One port for each input.
+        int8: Keep large frozen weights as int8.
 
     Raises:
         CannotTrain: The model cannot be traced with an unknown batch size, or does not compute in float32.
     """
-    if not model.built:
-        raise CannotTrain("the model has no weights yet; give it an Input layer, or call it once")
     policy = str(getattr(model.dtype_policy, "compute_dtype", "float32"))
     if policy != "float32":
         raise CannotTrain(f"the model computes in {policy}; set keras.config.set_dtype_policy('float32')")
@@ -112,15 +125,21 @@ def trace(model: Any, features: Sequence[Port]) -> Traced:
     if not trained:
         raise CannotTrain("the model has no weight to train; set layer.trainable = True where it shall learn")
     moved = {names[id(v)]: v for v in model.non_trainable_variables if names[id(v)] in graphs[True].statistics}
-    return Traced(model, tuple(features), trained, moved, graphs)
+    frozen = {names[id(v)]: v for v in model.non_trainable_variables if names[id(v)] not in moved}
+    small = {name: rounded(variable.numpy()) for name, variable in frozen.items() if int8}
+    kept = {name: whole for name, whole in small.items() if whole is not None}
+    return Traced(model, tuple(features), trained, moved, kept, graphs)
 
 
 def features_of(model: Any, batch_spec: Mapping[str, str] | None = None) -> tuple[Port, ...]:
     """Return one port for each input of `model`: those of `batch_spec`, else what the model says.
 
     Raises:
-        CannotTrain: The model does not say what it reads, or another dimension than the batch is unknown.
+        CannotTrain: The model has no weights yet, does not say what it reads, or leaves another dimension open than
+            the batch.
     """
+    if not model.built:
+        raise CannotTrain("the model has no weights yet; give it an Input layer, or call it once")
     if batch_spec is not None:
         return tuple(Port(name=name, type=kind) for name, kind in batch_spec.items())
     inputs = getattr(model, "inputs", None)
@@ -158,16 +177,31 @@ def _names(model: Any) -> dict[int, str]:
     return found
 
 
+def frozen_variables(traced: Traced) -> dict[str, Any]:
+    """Return port name -> Keras variable of the frozen weights that are kept as int8."""
+    names = _names(traced.model)
+    return {names[id(v)]: v for v in traced.model.variables if names[id(v)] in traced.rounded}
+
+
 def _traced(model: Any, features: Sequence[Port], names: Mapping[int, str], training: bool) -> _Graph:
     trainable, others = model.trainable_variables, model.non_trainable_variables
     specs = [tf.TensorSpec(kind.shape, kind.dtype) for kind in (TensorType.parse(port.type) for port in features)]
 
     def forward(trained: list[Tensor], rest: list[Tensor], inputs: list[Tensor]) -> Any:
-        return model.stateless_call(trained, rest, packed(model, inputs), training=training, return_losses=True)
+        found = model.stateless_call(trained, rest, packed(model, inputs), training=training, return_losses=True)
+        if any(getattr(output, "_keras_mask", None) is not None for output in tf.nest.flatten(found[0])):
+            raise CannotTrain(
+                "the model's output is masked, and a loss on devices counts every place; set mask_zero=False"
+            )
+        return found
 
     weights = [[tf.TensorSpec(v.shape, v.dtype) for v in part] for part in (trainable, others)]
-    with unrolled(model), _labelled(model):
-        graph = tf.function(forward, autograph=False).get_concrete_function(*weights, specs).graph
+    try:
+        with unrolled(model), _labelled(model):
+            graph = tf.function(forward, autograph=False).get_concrete_function(*weights, specs).graph
+    except (ValueError, TypeError, NotImplementedError, tf.errors.OpError) as error:
+        told = " ".join(str(error).split())
+        raise CannotTrain(f"the model cannot be called with an unknown batch size: {told}") from error
     outputs, moved, losses = graph.structured_outputs
     placeholders = graph.inputs[: len(trainable) + len(others) + len(specs)]
     order = [*(names[id(v)] for v in (*trainable, *others)), *(port.name for port in features)]

@@ -71,7 +71,13 @@ class Training:
 
 
 def training_of(
-    model: Any, *, loss: Any, optimizer: Any, batch_spec: Mapping[str, str] | None = None, proximal: float = 0.0
+    model: Any,
+    *,
+    loss: Any,
+    optimizer: Any,
+    batch_spec: Mapping[str, str] | None = None,
+    proximal: float = 0.0,
+    int8: bool = False,
 ) -> Training:
     """Return `model` as a function with its losses, labels and optimizer; see `export`.
 
@@ -79,7 +85,7 @@ def training_of(
         CannotTrain: The text names the layer and the cure.
     """
     features = features_of(model, batch_spec)
-    traced = trace(model, features)
+    traced = trace(model, features, int8=int8)
     refuse(traced)
     outputs = traced.graphs[False].outputs
     identifiers = list(loss) if isinstance(loss, (list, tuple)) else [loss] * len(outputs)
@@ -140,7 +146,8 @@ def _step(training: Training, tensors: Tensors) -> Tensors:
     statistics = take(training.traced.statistics, tensors, prefix=LOCAL)
     rate, steps = tensors[LOCAL + "learning_rate"], tensors[LOCAL + STEPS]
     with built_in_gradients():
-        found = forward(training, {**weights, **statistics}, tensors, steps, is_training=True)
+        known = {**weights, **statistics, "learning_rate": rate}
+        found = forward(training, known, tensors, steps, is_training=True)
         losses, metrics = _scores(training, found, tensors)
         total = tf.reduce_mean(losses) if found.penalty is None else tf.reduce_mean(losses) + found.penalty
     directions = dict(zip(weights, slopes(total, list(weights.values())), strict=True))

@@ -53,7 +53,8 @@ _CURES: Mapping[str, str] = {
     "While": "replace the loop by a recurrent layer of Keras, which is unrolled, or by a fixed number of layers",
 }
 """Operation type -> what to use in the layer's place."""
-_OTHERWISE = "replace the layer by ones of the list in docs/authoring-models.md, or freeze it (layer.trainable = False)"
+OTHERWISE = "replace the layer by ones of the list in docs/authoring-models.md, or freeze it (layer.trainable = False)"
+"""The cure where none is known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +114,7 @@ def _finding(layer: Any, missing: Sequence[str]) -> Finding:
         verdict = "trains" if layer.trainable_variables else "frozen"
     if missing:
         verdict = "cannot run" if LOOPS & set(missing) else "only infers"
-    cure = next((_CURES[kind] for kind in missing if kind in _CURES), _OTHERWISE) if missing else ""
+    cure = next((_CURES[kind] for kind in missing if kind in _CURES), OTHERWISE) if missing else ""
     return Finding(layer.name, type(layer).__name__, verdict, parameters, ", ".join(missing), cure)
 
 

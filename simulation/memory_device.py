@@ -118,6 +118,7 @@ class MemoryDevice:
         )
         self._store = ExampleStore(home.examples)
         self._lent: tuple[str, bytes] | None = None
+        self._stopped = False
 
     def wake(self) -> None:
         """Bring the link up, and before that the agent, if there is none."""
@@ -126,6 +127,11 @@ class MemoryDevice:
         self.awake = True
         if self.agent is None:
             transport = MemoryTransport(self._broker, self.name, will=last_will(self._setup.identity))
+            if self._stopped:
+                # What came while it was stopped is not for it any more: its session has expired.
+                self._broker.disconnect(self.name)
+                self._broker.reconnect(self.name, resumed=False)
+                self._stopped = False
             self.agent = Agent(self._setup, transport)
             self.agent.start()
         else:
@@ -136,6 +142,12 @@ class MemoryDevice:
         if self.awake:
             self._broker.disconnect(self.name)
             self.awake = False
+
+    def stop(self) -> None:
+        """Put it to sleep and end the agent, so that it takes no memory; it is started again when it is woken."""
+        self.sleep()
+        self._stopped = self._stopped or self.agent is not None
+        self._end_agent()
 
     def crash(self) -> None:
         """End the agent as SIGKILL does: what it had in memory is gone, its disk stays."""

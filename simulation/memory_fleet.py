@@ -280,10 +280,10 @@ class MemoryFleet:
         return chosen
 
     def _gather(self, chosen: Sequence[str]) -> None:
-        """Wake those that are chosen, put all others to sleep, and let everybody find out where things stand."""
+        """Wake those that are chosen, stop all others, and let everybody find out where things stand."""
         for name, device in self._made.items():
             if name not in chosen:
-                device.sleep()
+                device.stop()
         for name in chosen:
             self.device(name).wake()
         self._settle()

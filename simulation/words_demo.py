@@ -24,6 +24,7 @@ from coordinator import connect
 from coordinator.terms import CohortTerms
 from edge_agent.examples import ExampleStore
 from edge_agent.published import PUBLISHED_FOLDER, Published, read_published
+from edge_agent.suggestions import newest_table, own_pairs, suggest
 from simulation.broker_process import BrokerProcess
 from simulation.guarded import GuardedFolder
 from simulation.overheard import Eavesdropper
@@ -52,6 +53,7 @@ _READY_S = 120.0
 _PUBLISHED_S = 30.0
 _SHOWN_DEVICES = 4
 _SHOWN_WORDS = 6
+_SHOWN_SUGGESTIONS = 3
 _KEPT_BYTES = 1 << 18
 
 
@@ -134,10 +136,10 @@ def main(options: argparse.Namespace, console: Console) -> WordsReport:
             eavesdropper.listen()
         fleet.watch()
         published = _published(fleet, list(people))
-        shown = [each.word for each in table.after(WORD)][:_SHOWN_WORDS]
-        masked = _masked(eavesdropper.beginnings, published, table, shown, clients=cohort.wanted)
+        word = shown_word(table)
+        masked = _masked(eavesdropper.beginnings, published, table, word, clients=cohort.wanted)
         plain = plain_counts(people, table)
-        console.print(_overview(masked, table, shown, plain))
+        console.print(_overview(masked, table, word, plain))
         suggested = _suggestions(fleet, people, table, console, seconds)
         fleet.watch()
         fleet.stop()
@@ -146,8 +148,8 @@ def main(options: argparse.Namespace, console: Console) -> WordsReport:
         devices=len(people),
         vocabulary=vocabulary,
         discovery_entries=entries,
-        after={each.word: (each.count, each.devices) for each in table.after(WORD)},
-        plain={pair[1]: found for pair, found in plain.items() if pair[0] == WORD},
+        after={each.word: (each.count, each.devices) for each in table.after(word)},
+        plain={pair[1]: found for pair, found in plain.items() if pair[0] == word},
         masked=masked,
         suggested=suggested,
         seconds=seconds,
@@ -180,6 +182,18 @@ def messages_by_sender(path: Path, devices: int) -> dict[str, list[str]]:
     if len(found) < 3:
         raise ConfigError(f"--data-file {path}: {len(found)} senders; a sum needs at least 3 devices to hide in")
     return {f"phone-{number:02}": messages for number, messages in enumerate(found.values(), 1)}
+
+
+def shown_word(table: NextWords) -> str:
+    """Return WORD, or where these people do not write it, the word after which most is known.
+
+    Raises:
+        ConfigError: Nothing follows anything.
+    """
+    best = WORD if table.after(WORD) else max(table.first, key=lambda word: len(table.after(word)))
+    if not table.after(best):
+        raise ConfigError(f"no two words follow one another in the messages of {TERMS.threshold} people; add messages")
+    return best
 
 
 def plain_counts(people: Mapping[str, Sequence[str]], table: NextWords) -> dict[tuple[str, str], tuple[int, int]]:
@@ -248,14 +262,14 @@ def _published(fleet: ProcessFleet, devices: Sequence[str]) -> Published:
 
 
 def _masked(
-    vectors: Mapping[str, bytes], published: Published, table: NextWords, shown: Sequence[str], *, clients: int
+    vectors: Mapping[str, bytes], published: Published, table: NextWords, word: str, *, clients: int
 ) -> dict[str, list[int]]:
-    """Return what stood in the places of the shown words in the vectors of some devices, as the server got them."""
+    """Return what stood in the places of what follows `word` in the vectors of some devices, as the server got them."""
     layout = layout_of(published.plan, maximum_clients=clients)
     assert published.plan.aggregations[0].name == COUNTS, "the counts come first"
     width = segments_of(layout)[0].width
-    row = table.first.index(WORD) * len(table.second)
-    places = [row + table.second.index(word) for word in shown]
+    row = table.first.index(word) * len(table.second)
+    places = [row + table.second.index(each.word) for each in table.after(word)[:_SHOWN_WORDS]]
     return {
         device: [int(_entries(vectors[device], width)[place]) for place in places]
         for device in sorted(vectors)[:_SHOWN_DEVICES]
@@ -272,18 +286,23 @@ def _entries(vector: bytes, width: int) -> Array:
 def _overview(
     masked: Mapping[str, Sequence[int]],
     table: NextWords,
-    shown: Sequence[str],
+    word: str,
     plain: Mapping[tuple[str, str], tuple[int, int]],
 ) -> Table:
     """Return the table of the talk: rows of single users as the server saw them, then the sum."""
-    found = {each.word: each for each in table.after(WORD)}
-    overview = Table("", *(f"{WORD} {word}" for word in shown), title="what the server saw")
+    found = table.after(word)[:_SHOWN_WORDS]
+    overview = Table(
+        title="what the server saw", caption="a single phone's numbers are noise; all masks cancel in the sum"
+    )
+    overview.add_column("", no_wrap=True)
+    for each in found:
+        overview.add_column(f"{word} {each.word}", justify="right")
     for device, entries in masked.items():
-        overview.add_row(f"{device}, masked", *map(str, entries), style="dim")
-    overview.add_row("…", *("…" for _ in shown), style="dim", end_section=True)
-    overview.add_row("the sum of all", *(str(found[word].count) for word in shown), style="bold")
-    overview.add_row("written by", *(f"{found[word].devices} people" for word in shown), end_section=True)
-    overview.add_row("from all messages", *(str(plain.get((WORD, word), (0, 0))[0]) for word in shown))
+        overview.add_row(device, *map(str, entries), style="dim")
+    overview.add_row("…", *("…" for _ in found), style="dim", end_section=True)
+    overview.add_row("the sum of all", *(str(each.count) for each in found), style="bold")
+    overview.add_row("written by", *(f"{each.devices} people" for each in found), end_section=True)
+    overview.add_row("from all messages", *(str(plain.get((word, each.word), (0, 0))[0]) for each in found))
     return overview
 
 
@@ -294,34 +313,28 @@ def _suggestions(
     console: Console,
     seconds: dict[str, float],
 ) -> list[Suggested]:
-    """Ask every device, by its own command, what follows a word after which its owner never wrote anything."""
+    """Ask every device what follows a word after which its owner never wrote anything; the first by its own command."""
     before = time.monotonic()
     console.print("\n[bold]what devices suggest now, after a word that their owners never wrote anything after[/bold]")
-    found = []
-    for device, messages in people.items():
-        word = unfollowed_word(messages, table)
-        if word is None:
-            continue
-        home = str(fleet.home(device).path)
-        printed = fleet.run_command("edge_agent", "suggest", word, "--home", home, "--plan", _PLAN, "--json")
-        answer = msgspec.json.decode(printed, type=_Answer)
-        found.append(Suggested(device=device, word=word, suggestions=[each.word for each in answer.suggestions]))
+    unknown = {device: word for device, messages in people.items() if (word := unfollowed_word(messages, table))}
+    found: list[Suggested] = []
+    for device, word in unknown.items():
+        home = fleet.home(device)
+        if not found:
+            printed = fleet.run_command("edge_agent", "suggest", word, "--home", str(home.path), "--plan", _PLAN)
+            console.print(f"{device}$ edge-agent suggest {word}\n{printed.rstrip()}", highlight=False)
+        published = newest_table(read_published(home.path / PUBLISHED_FOLDER), _PLAN)
+        with ExampleStore(home.examples) as store:
+            answer = suggest(published, word, own_pairs(store, published), limit=_SHOWN_SUGGESTIONS)
+        found.append(Suggested(device=device, word=word, suggestions=[each.word for each in answer]))
         console.print(f"{device}: {word} … [green]{' | '.join(found[-1].suggestions)}[/green]", highlight=False)
     seconds["suggestions"] = time.monotonic() - before
     return found
 
 
 def unfollowed_word(messages: Sequence[str], table: NextWords) -> str | None:
-    """Return the word that the fleet follows up most often and the writer of `messages` never; None without any."""
+    """Return the word after which the fleet knows most and the writer of `messages` never wrote; None without any."""
     own = {pair[0] for message in messages for pair in bigrams(message)}
-    followed = dict(zip(table.first, table.counts.sum(axis=1), strict=True))
-    unknown = [word for word in table.first if word not in own and followed[word] > 0]
-    return max(unknown, key=lambda word: int(followed[word]), default=None)
-
-
-class _Word(msgspec.Struct, frozen=True):
-    word: str
-
-
-class _Answer(msgspec.Struct, frozen=True):
-    suggestions: list[_Word]
+    known = {word: table.after(word) for word in table.first if word not in own}
+    best = max(known, key=lambda word: (len(known[word]), sum(each.count for each in known[word])), default=None)
+    return best if best is not None and known[best] else None

@@ -21,6 +21,7 @@ from sottovoce.errors import ConfigError
 from sottovoce.types import (
     CLIENTS,
     HOST_DTYPES,
+    MAX_DIMENSION,
     SERVER,
     FederatedType,
     FunctionType,
@@ -33,11 +34,19 @@ from sottovoce.types import (
 
 MAX_CHARACTERS: Final = 65_536
 MAX_DEPTH: Final = 64
-MAX_DIMENSION: Final = 2**31 - 1
 
 _T = TypeVar("_T")
 _SIGN = re.compile(r"\s*(->|[A-Za-z_][A-Za-z0-9_]*|[0-9]+|.)", re.ASCII | re.DOTALL)
 _EXAMPLE = "write for example float32[10], <a=int32,b=bool>, float32*, (int32 -> bool) or {float32}@CLIENTS"
+_OTHER_NAMES = {
+    "string": "str",
+    "float": "float32",
+    "double": "float64",
+    "int": "int32",
+    "long": "int64",
+    "boolean": "bool",
+}
+"""How dtypes are called elsewhere, and here."""
 _SHOWN = 60
 """Characters of a wrong notation shown on either side of the place."""
 
@@ -155,7 +164,8 @@ class _Reader:
 
     def _tensor(self) -> TensorType:
         if self._sign not in HOST_DTYPES:
-            hint = "'string' is written str; " if self._sign == "string" else ""
+            written = _OTHER_NAMES.get(self._sign)
+            hint = f"{self._sign!r} is written {written}; " if written else ""
             self._refuse(f"{hint}a dtype is one of {', '.join(HOST_DTYPES)}")
         dtype = self._sign
         self._next += 1

@@ -186,10 +186,6 @@ class ParticipationTerms(Document, frozen=True):
     once: bool = False
     every_days: float = 0.0
 
-    def __post_init__(self) -> None:
-        # 7 and 7.0 are other bytes, and so would be other plans: a device writes what it has read as a real number.
-        msgspec.structs.force_setattr(self, "every_days", float(self.every_days))
-
 
 class PrivacyTerms(Document, frozen=True):
     """What the plan promises about privacy, checked by every device's policy before anything runs.
@@ -428,5 +424,19 @@ def decode_plan(content: bytes) -> Plan:
         plan = msgspec.msgpack.decode(content, type=Plan)
     except (msgspec.ValidationError, msgspec.DecodeError, SottovoceError) as error:
         raise ConfigError(f"not a plan of this version: {error}") from error
+    if canonical(plan) != content:
+        raise ConfigError("the bytes of a plan are not in its one encoding, so they would have two digests")
     check_plan(plan)
     return plan
+
+
+def settled(plan: Plan) -> Plan:
+    """Return `plan` with every number in its declared kind (1 as 1.0 where a real one is meant), as devices decode it.
+
+    Raises:
+        ConfigError: A value is not of its declared type.
+    """
+    try:
+        return msgspec.msgpack.decode(canonical(plan), type=Plan)
+    except (msgspec.ValidationError, SottovoceError) as error:
+        raise ConfigError(f"plan {plan.name!r}: {error}") from error

@@ -32,6 +32,7 @@ NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 """A struct element's name."""
 
 _TENSOR = re.compile(r"(?P<dtype>[a-z]+[0-9]*)(?:\[(?P<shape>(?:\?|\d{1,10})(?:,(?:\?|\d{1,10}))*)\])?")
+MAX_DIMENSION = 2**31 - 1
 _PYTHON_TYPES: dict[object, str] = {bool: "bool", int: "int32", float: "float32", str: "str"}
 
 
@@ -57,8 +58,11 @@ class TensorType:
     shape: tuple[int | None, ...] = ()
 
     def __post_init__(self) -> None:
+        if not isinstance(self.dtype, str):
+            object.__setattr__(self, "dtype", _dtype_name(self.dtype) or self.dtype)
         if self.dtype not in HOST_DTYPES:
             raise ConfigError(f"unknown dtype {self.dtype!r}; use one of {', '.join(HOST_DTYPES)}")
+        object.__setattr__(self, "shape", _shape_of(self.shape))
 
     def __str__(self) -> str:
         dims = ",".join("?" if d is None else str(d) for d in self.shape)
@@ -113,6 +117,7 @@ class StructType:
     elements: tuple[tuple[str | None, Type], ...]
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "elements", _elements_of(self.elements))
         names = self.names
         for name in names:
             if not NAME.fullmatch(name):
@@ -152,6 +157,7 @@ class SequenceType:
     element: Type
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "element", type_of(self.element))
         _refuse_inside(self, self.element, (FederatedType, FunctionType, SequenceType), "a sequence")
 
     def __str__(self) -> str:
@@ -164,6 +170,10 @@ class FunctionType:
 
     parameter: Type | None
     result: Type
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "parameter", None if self.parameter is None else type_of(self.parameter))
+        object.__setattr__(self, "result", type_of(self.result))
 
     def __str__(self) -> str:
         return f"({'' if self.parameter is None else self.parameter} -> {self.result})"
@@ -181,6 +191,9 @@ class FederatedType:
     all_equal: bool = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "member", type_of(self.member))
+        if not isinstance(self.placement, Placement):
+            raise ConfigError(f"a placement is sv.CLIENTS or sv.SERVER, not {self.placement!r}")
         _refuse_inside(self, self.member, (FederatedType, FunctionType), "a placed type")
         if self.all_equal is None:
             object.__setattr__(self, "all_equal", self.placement is SERVER)
@@ -237,8 +250,9 @@ def type_of(description: object) -> Type:
 
     Args:
         description: A type; the notation (`"{float32}@CLIENTS"`); a numpy dtype or scalar type; `bool`, `int` (int32),
-            `float` (float32) or `str`; a pair of a dtype and a shape, `(np.float32, (10,))`; or a mapping, named tuple,
-            tuple or list of such descriptions, which is a struct.
+            `float` (float32) or `str`; a TensorFlow dtype; a pair of a dtype and a shape, `(np.float32, (10,))`; or a
+            mapping, named tuple, tuple or list of such descriptions, or a list of pairs of a name and one, which is a
+            struct.
 
     Raises:
         ConfigError: It is none of these, or the notation is wrong.
@@ -250,21 +264,63 @@ def type_of(description: object) -> Type:
             from sottovoce.notation import parse  # it builds these very types, so it can only follow them
 
             return parse(description)
-        case np.dtype():
-            return TensorType(description.name)
-        case type() if issubclass(description, np.generic) or description in _PYTHON_TYPES:
-            return TensorType(_PYTHON_TYPES.get(description) or np.dtype(description).name)
         case (dtype, (*dims,)) if dims and all(d is None or isinstance(d, int) for d in dims):
             return _tensor_of(dtype, dims)
         case Mapping():
             return StructType(tuple((str(name), type_of(part)) for name, part in description.items()))
+        case [*pairs] if pairs and all(map(_is_named, pairs)):
+            return StructType(tuple(pairs))
         case tuple() | list():
             names = getattr(description, "_fields", (None,) * len(description))
             return StructType(tuple((n, type_of(part)) for n, part in zip(names, description, strict=True)))
+        case _ if (name := _dtype_name(description)) is not None:
+            return TensorType(name)
     raise ConfigError(
         f"{description!r} does not name a type; write the notation, such as 'float32[10]' or '{{int32}}@CLIENTS', "
         "or a numpy dtype, or a dict or tuple of those for a struct"
     )
+
+
+def _dtype_name(description: object) -> str | None:
+    """Return the name of a dtype of numpy, TensorFlow or Python; None where it is none."""
+    if hasattr(type(description), "as_numpy_dtype"):  # TensorFlow's, which need not be installed
+        description = getattr(description, "as_numpy_dtype")  # noqa: B009 - no attribute of `object`
+    if isinstance(description, np.dtype):
+        return str(description.name)
+    if isinstance(description, type) and (issubclass(description, np.generic) or description in _PYTHON_TYPES):
+        return _PYTHON_TYPES.get(description) or str(np.dtype(description).name)
+    return None
+
+
+def _shape_of(shape: Any) -> tuple[int | None, ...]:
+    """Return `shape` as a tuple of whole numbers, None where a dimension is not known."""
+    if not isinstance(shape, tuple | list):
+        raise ConfigError(f"a shape is a tuple of dimensions, such as (10,) or (None, 3), not {shape!r}")
+    for dimension in shape:
+        is_whole = isinstance(dimension, int | np.integer) and not isinstance(dimension, bool)
+        if dimension is not None and not (is_whole and 0 <= dimension <= MAX_DIMENSION):
+            raise ConfigError(
+                f"a dimension is a number from 0 to {MAX_DIMENSION}, or None where it is not known, not {dimension!r}"
+            )
+    return tuple(None if dimension is None else int(dimension) for dimension in shape)
+
+
+def _elements_of(elements: Any) -> tuple[tuple[str | None, Type], ...]:
+    """Return the elements of a struct from a mapping, or from pairs of a name (None for none) and a type."""
+    pairs = elements.items() if isinstance(elements, Mapping) else elements
+    if not all(isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str | None) for pair in pairs):
+        raise ConfigError(
+            "a struct is made of pairs of a name (None for none) and a type, such as "
+            "StructType([('a', 'float32'), (None, 'int32[3]')]), or of a dict"
+        )
+    return tuple((name, type_of(kind)) for name, kind in pairs)
+
+
+def _is_named(pair: object) -> bool:
+    """Say whether `pair` is a name and what it names, not a dtype and a shape or two types."""
+    if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)):
+        return False
+    return NAME.fullmatch(pair[0]) is not None and pair[0] not in HOST_DTYPES
 
 
 def _tensor_of(dtype: object, dims: list[Any]) -> TensorType:

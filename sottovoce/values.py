@@ -7,7 +7,8 @@ what is the same everywhere (`T@SERVER`, `T@CLIENTS`), and a tuple, one member a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, KeysView, Mapping, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, KeysView, Mapping, Sequence, Set
 from typing import Any, Generic, NoReturn, TypeVar
 
 import numpy as np
@@ -254,10 +255,13 @@ def _many(kind: Type, member: Type, x: Any, what: str, one: str) -> list[Any]:
     """Return many values of type `member`; in one piece where they are tensors of one shape."""
     if isinstance(x, str | bytes | Mapping | Record) or not isinstance(x, Iterable) or _is_scalar(x):
         _refuse(what, kind, _described(x), f"Give a list, one value of type {member} for each {one}.")
+    if isinstance(x, Set):
+        _refuse(what, kind, f"a {type(x).__name__}", "A set has no order and holds equal values once: give a list.")
     if isinstance(member, TensorType) and member.dtype != "str" and None not in member.shape:
         bulk = x if isinstance(x, np.ndarray) else list(x)
         if _is_regular(bulk, member):
-            return list(_tensor(TensorType(member.dtype, (None, *member.shape)), bulk, what))
+            with contextlib.suppress(TypeMismatch):  # one by one, the error names the one that does not fit
+                return list(_tensor(TensorType(member.dtype, (None, *member.shape)), bulk, what))
         x = bulk
     return [to_value(member, value, what=f"{one} {index} of {what}") for index, value in enumerate(x)]
 

@@ -264,11 +264,9 @@ def quantile(
     if not (0 <= fraction <= 1 and -_LARGEST < low < high < _LARGEST and precision > 0 and newest >= 1):
         raise ConfigError(f"{name}: give a fraction from 0 to 1, low below high, and a precision above 0")
     terms = CountTerms(most=newest, newest=newest, threshold=0)
+    why = purpose or f"The value that {fraction:.0%} of all values are at or below."
     for asked in range(1, _MAX_QUANTILE_ROUNDS + 1):
-        # The outermost bins hold what is below and above the window, so every value is counted somewhere.
-        inner = np.unique(np.linspace(low, high, BINS - 1).astype(np.float32))
-        edges = np.concatenate([[-_LARGEST], inner, [_LARGEST]]).astype(np.float32)
-        why = purpose or f"The value that {fraction:.0%} of all values are at or below."
+        edges = _edges_within(low, high)
         found = histogram(examples, edges, terms=terms, name=name, purpose=why)
         below = np.cumsum(found.counts)
         at = int(np.searchsorted(below, max(1.0, math.ceil(fraction * float(below[-1])))))
@@ -276,9 +274,15 @@ def quantile(
             outside = (-math.inf, low) if at == 0 else (high, math.inf)
             return Quantile(*outside, asked, found.survivors)
         low, high = float(edges[at]), float(edges[at + 1])
-        if high - low <= precision or len(inner) < BINS - 1:
+        if high - low <= precision or len(edges) < BINS + 1:
             return Quantile(low, high, asked, found.survivors)
     raise ConfigError(f"{name}: {_MAX_QUANTILE_ROUNDS} rounds are not enough; give a narrower window or less precision")
+
+
+def _edges_within(low: float, high: float) -> Array:
+    """Return the edges of equal bins, and of two more for what is below and above: every value is counted somewhere."""
+    inner = np.unique(np.linspace(low, high, BINS - 1).astype(np.float32))
+    return np.concatenate([[-_LARGEST], inner, [_LARGEST]]).astype(np.float32)
 
 
 @dataclass(frozen=True, slots=True)

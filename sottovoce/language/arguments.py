@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,6 +11,9 @@ from sottovoce.errors import ConfigError, DefinitionError, TypeMismatch
 from sottovoce.language.ports import Bound
 from sottovoce.types import CLIENTS, FederatedType, FunctionType, SequenceType, Type
 from sottovoce.values import to_value
+
+NAME_ON_DEVICES = re.compile(r"[A-Za-z0-9_-]{1,64}")
+"""How collections and slots of client state are called."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +45,12 @@ def latest(name: str, low: float | None = None, high: float | None = None) -> De
     Raises:
         ConfigError: Only one of the two bounds is given, or they are no interval.
     """
-    return DeviceValues("latest", name, _bound(name, low, high))
+    return _device_values("latest", name, low, high)
 
 
 def collection(name: str, low: float | None = None, high: float | None = None) -> DeviceValues:
     """Return the collection `name` of every device as a sequence, for a parameter `{T*}@CLIENTS`; see `latest`."""
-    return DeviceValues("collection", name, _bound(name, low, high))
+    return _device_values("collection", name, low, high)
 
 
 def bind(
@@ -105,9 +108,20 @@ def _check_device_values(given: DeviceValues, kind: Type, what: str) -> None:
     raise TypeMismatch(what, expected=kind, found=f"{given}, which is {found}", cure=cure)
 
 
-def _bound(name: str, low: float | None, high: float | None) -> Bound | None:
+def _device_values(
+    kind: Literal["latest", "collection"], name: str, low: float | None, high: float | None
+) -> DeviceValues:
+    if not isinstance(name, str) or not NAME_ON_DEVICES.fullmatch(name):
+        raise ConfigError(
+            f"sv.{kind} takes the name of a collection of the devices, 1 to 64 characters of A-Z a-z 0-9 _ -, as in "
+            f"sv.{kind}('temperature'), not {name!r}"
+        )
     if low is None and high is None:
-        return None
-    if low is None or high is None or not (math.isfinite(low) and math.isfinite(high)):
-        raise ConfigError(f"{name!r}: give both low= and high=, finite numbers, or neither")
-    return Bound(float(low), float(high))
+        return DeviceValues(kind, name)
+    try:
+        return DeviceValues(kind, name, Bound(float(low), float(high)))  # type: ignore[arg-type]  # refused below
+    except (TypeError, ValueError, ConfigError) as error:
+        raise ConfigError(
+            f"sv.{kind}({name!r}): give both low= and high=, finite numbers, the lower one first, or neither, not "
+            f"({low!r}, {high!r})"
+        ) from error

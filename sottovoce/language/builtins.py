@@ -16,7 +16,17 @@ from sottovoce.language.definition import Value, described, site
 from sottovoce.language.expressions import Builtin
 from sottovoce.language.ports import Bound
 from sottovoce.language.sources import here
-from sottovoce.types import DTYPES, FederatedType, FunctionType, SequenceType, StructType, TensorType, Type, contains
+from sottovoce.types import (
+    DTYPES,
+    FederatedType,
+    FunctionType,
+    SequenceType,
+    StructType,
+    TensorType,
+    Type,
+    contains,
+    type_of,
+)
 from sottovoce.values import flatten, leaves, unflatten
 
 
@@ -65,18 +75,20 @@ class GenericBuiltin:
         return place.step("call", [value], builtin.result, functions=(builtin,))
 
 
-def cast(dtype: str) -> GenericBuiltin:
+def cast(dtype: object) -> GenericBuiltin:
     """Return the function that turns every number into `dtype`, towards zero where a fraction is lost; bool is 0 or 1.
 
     Args:
-        dtype: Such as `"float32"`.
+        dtype: Such as `"float32"`, or a dtype of numpy or TensorFlow.
 
     Raises:
         ConfigError: `dtype` is not one that devices have.
     """
-    name = str(getattr(dtype, "__name__", dtype))
-    if name not in DTYPES:
-        raise ConfigError(f"cast: {name!r} is no dtype of numbers; use one of {', '.join(DTYPES)}")
+    _refuse_value("cast", "dtype", dtype)
+    kind = type_of(dtype) if not isinstance(dtype, str) or dtype in DTYPES else None
+    if not isinstance(kind, TensorType) or kind.shape or kind.dtype not in DTYPES:
+        raise ConfigError(f"cast: {dtype!r} is no dtype of numbers; use one of {', '.join(DTYPES)}")
+    name = kind.dtype
 
     def result_of(kind: TensorType) -> TensorType:
         _refuse_text(kind)
@@ -95,7 +107,11 @@ def clip(low: float, high: float) -> GenericBuiltin:
     Raises:
         ConfigError: They are no interval.
     """
-    bound = Bound(float(low), float(high))
+    _refuse_value("clip", "low, high", low)
+    try:
+        bound = Bound(float(low), float(high))
+    except (TypeError, ValueError, ConfigError) as error:
+        raise ConfigError(f"clip takes two finite numbers, the lower one first, not ({low!r}, {high!r})") from error
 
     def result_of(kind: TensorType) -> TensorType:
         _refuse_text(kind)
@@ -158,6 +174,14 @@ def _mapped(kind: Type, result_of: Callable[[TensorType], TensorType]) -> Type:
             return StructType(tuple((name, _mapped(element, result_of)) for name, element in kind.elements))
         case _:
             return kind
+
+
+def _refuse_value(name: str, takes: str, given: object) -> None:
+    if isinstance(given, Value):
+        raise DefinitionError(
+            f"{here()}, {name}",
+            f"sv.{name}({takes}) is a function, to be mapped over values: sv.federated_map(sv.{name}({takes}), value)",
+        )
 
 
 def _refuse_text(kind: TensorType) -> None:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import re
-
 import numpy as np
 
 from sottovoce.bundle import MAX_CLIENT_STATE_BYTES
 from sottovoce.errors import ConfigError
+from sottovoce.language.arguments import NAME_ON_DEVICES
 from sottovoce.language.definition import Value, described, site
 from sottovoce.language.expressions import ClientProgram, Slot
+from sottovoce.language.operators import zipped
 from sottovoce.language.relations import check_assignable
 from sottovoce.tensors import decode_tensors, encode_tensors
 from sottovoce.types import CLIENTS, FederatedType, StructType, type_of
 from sottovoce.values import flatten, leaves, to_value, unflatten
-
-_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 class ClientState:
@@ -41,14 +39,14 @@ class ClientState:
         )
 
     def write(self, value: object) -> None:
-        """Let every client keep `value`, `{T}@CLIENTS`, until the next round.
+        """Let every client keep `value`, `{T}@CLIENTS` or a dict or tuple of such, until the next round.
 
         Raises:
             DefinitionError: `value` is not at CLIENTS, or the slot is written twice in one computation.
             TypeMismatch: Its type is not the slot's.
         """
         place = site("client_state_write")
-        given = place.value(value)
+        given = zipped(place, place.value(value))
         kind = given.type_signature
         if not isinstance(kind, FederatedType) or kind.placement is not CLIENTS:
             place.refuse(f"{described(given)} is not at CLIENTS; a slot keeps one value on every client")
@@ -74,7 +72,7 @@ def client_state(
     """
     kind = type_of(type)
     what = f"client state {name!r}"
-    if not _NAME.fullmatch(name):
+    if not NAME_ON_DEVICES.fullmatch(name):
         raise ConfigError(f"{what}: a slot's name must be 1 to 64 characters of A-Z a-z 0-9 _ -")
     if version < 1:
         raise ConfigError(f"{what}: its version must be at least 1, not {version}")

@@ -100,23 +100,26 @@ class Computation:
         Raises:
             ConfigError: It cannot run on a fleet; the text names the operator, the line and the cure.
         """
-        return self._lowered(arguments, named).describe()
+        lowered, values = self._lowered(arguments, named)
+        return lowered.describe(collection=lowered.collection_of(values))
 
     def save(self, path: str | Path, *arguments: object, **named: object) -> None:
         """Write it, lowered, to a file that runs without TensorFlow; see `plan`."""
-        self._lowered(arguments, named).save(Path(path))
+        lowered, _ = self._lowered(arguments, named)
+        lowered.save(Path(path))
 
-    def _lowered(self, arguments: Sequence[object], named: Mapping[str, object]) -> Lowered:
+    def _lowered(self, arguments: Sequence[object], named: Mapping[str, object]) -> tuple[Lowered, dict[str, Any]]:
+        """Return it lowered for the arguments of the call that is meant, and these; none where none are given."""
         from sottovoce.language.lowering import lower
 
         if not arguments and not named:
-            return lower(self)
+            return lower(self), {}
         given = bind(self.name, self.body.parameters, arguments, named, f"{here()}, {self.name}")
         values = {
             parameter: checked(self.name, parameter, kind, value)
             for (parameter, kind), value in zip(self.body.parameters, given, strict=True)
         }
-        return lower(self, values)
+        return lower(self, values), values
 
     def _add(self, given: Sequence[object]) -> Value:
         """Add this computation to the definition that is going on."""

@@ -193,7 +193,7 @@ class Value:
         _refuse_python(self, f"numpy.{function.__name__}")
 
     def __array__(self, *_: object, **__: object) -> NoReturn:
-        _refuse_python(self, "numpy")
+        _refuse_python(self, "an array of it (numpy, or TensorFlow outside of sv.tf_computation)")
 
 
 _REFUSED = {

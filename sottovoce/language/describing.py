@@ -97,7 +97,10 @@ def _received(lowered: Lowered) -> str:
     names = [name for at, (name, _) in enumerate(lowered.parameters) if at not in lowered.members]
     size = sum(kind.size * kind.numpy_dtype.itemsize for _, kind in lowered.broadcast)
     program = f"a client program of {len(lowered.bundle) / 1000:.0f} kB, the same in every round"
-    return f"{program}, and {size} bytes from the server{f' ({chr(44).join(names)})' if names and size else ''}"
+    if not size:
+        return program
+    told = f" ({', '.join(names)})" if names else ""
+    return f"{program}, and {size} bytes from the server{told}"
 
 
 def _sum(recipe: Recipe, words: str, named: dict[str, Aggregation]) -> str:

@@ -105,7 +105,29 @@ class Lowered:
         Raises:
             ConfigError: The arguments at CLIENTS are of several collections, or some are lists and some are not.
         """
+        collection = self.collection_of(arguments)
         given = {self.parameters[at][0]: arguments[self.parameters[at][0]] for at in self.members}
+        return RoundRequest(
+            key=key,
+            name=self.name,
+            purpose=self.purpose,
+            collection=collection or ON_LISTS,
+            bundle=self.bundle,
+            work=self.work,
+            aggregations=self.aggregations,
+            weight_cap=self.weight_cap,
+            broadcast=encode_tensors(self.prepare(arguments)),
+            members=() if collection else self._members(given),
+        )
+
+    def collection_of(self, arguments: Mapping[str, object]) -> str:
+        """Return the collection that devices would read, "" where values are given as lists or not at all.
+
+        Raises:
+            ConfigError: The arguments at CLIENTS are of several collections, or some are lists and some are not.
+        """
+        names = [self.parameters[at][0] for at in self.members]
+        given = {name: arguments[name] for name in names if name in arguments}
         on_devices = {name: value for name, value in given.items() if isinstance(value, DeviceValues)}
         if on_devices and len(on_devices) < len(given):
             lists = ", ".join(name for name in given if name not in on_devices)
@@ -119,18 +141,7 @@ class Lowered:
                 f"{self.name} would read the collections {' and '.join(map(repr, collections))}; a computation reads "
                 "one. Store both columns in one collection, or write two computations"
             )
-        return RoundRequest(
-            key=key,
-            name=self.name,
-            purpose=self.purpose,
-            collection=collections[0] if collections else ON_LISTS,
-            bundle=self.bundle,
-            work=self.work,
-            aggregations=self.aggregations,
-            weight_cap=self.weight_cap,
-            broadcast=encode_tensors(self.prepare(arguments)),
-            members=() if on_devices else self._members(given),
-        )
+        return collections[0] if collections else ""
 
     def errors(self, devices: int) -> tuple[float | None, ...]:
         """Return for each tensor of the result the largest absolute error that encoding and float32 may make.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NoReturn
+from typing import Final, NoReturn, get_args
+
+import numpy as np
 
 from sottovoce.errors import ConfigError, DefinitionError
 from sottovoce.language.definition import Site, Value, described, parameter_name, site
@@ -25,6 +27,9 @@ from sottovoce.types import (
     contains,
 )
 from sottovoce.values import leaves
+
+_MOST_BITS: Final = 48
+"""Of one coordinate, as plans allow."""
 
 
 def federated_broadcast(value: object) -> Value:
@@ -52,7 +57,7 @@ def federated_map(function: object, value: object) -> Value:
     place = site("federated_map")
     if isinstance(function, Value):
         place.refuse("the function comes first, then the value: sv.federated_map(function, value)")
-    given = _zipped(place, place.value(value))
+    given = zipped(place, place.value(value))
     kind = _placed(place, given)
     local = local_function(function, kind.member, place, placement=kind.placement)
     return place.step("federated_map", [given], replace(kind, member=local.result), functions=(local,))
@@ -64,7 +69,7 @@ def federated_zip(values: object) -> Value:
     given = place.value(values)
     if not isinstance(given.type_signature, StructType):
         place.refuse(f"{described(given)} is no struct of placed values; give a dict or a tuple of them")
-    return _zipped(place, given)
+    return zipped(place, given)
 
 
 def federated_value(value: object, placement: Placement) -> Value:
@@ -105,6 +110,7 @@ def federated_sum(
         DefinitionError: The value is not at CLIENTS, or is no number.
     """
     place = site("federated_sum")
+    _check_encoding(place, bits, lane)
     return _summed(place, "federated_sum", value, _bound(place, bound), Terms(bits=bits, lane=lane))
 
 
@@ -154,6 +160,7 @@ def federated_mean(
         DefinitionError: The value or the weight is not at CLIENTS, or is not of the dtype that is needed.
     """
     place = site("federated_mean")
+    _check_encoding(place, bits, lane)
     terms = Terms(
         _above_0(place, "clip_norm", clip_norm), _above_0(place, "half_range", half_range), weight_cap, bits, lane
     )
@@ -165,7 +172,7 @@ def federated_mean(
             at = f", at {path}" if path else ""
             place.refuse(f"the mean of {leaf}{at} is no whole number; map sv.cast('float32') over the value first")
     inputs = [given] if weight is None else [given, _weight(place, weight)]
-    if weight_cap is not None and (weight is None or weight_cap < 1):
+    if weight_cap is not None and (weight is None or not isinstance(weight_cap, int) or weight_cap < 1):
         place.refuse("weight_cap is the largest weight of one member, at least 1, and needs weight=")
     result = FederatedType(kind.member, SERVER, all_equal=True)
     return place.step("federated_mean", inputs, result, bound=_bound(place, bound), terms=terms)
@@ -212,7 +219,8 @@ def federated_aggregate(value: object, zero: object, accumulate: object, merge: 
 def federated_select(client_keys: object, max_key: int, server_value: object, select: object) -> Value:
     """Return the slices of a server value that each client asks for: `{R*}@CLIENTS`, one for each of its keys.
 
-    The whole value is broadcast and sliced on the device, so that nobody learns which keys a client has.
+    The whole value is broadcast and sliced on the device, so that nobody learns which keys a client has. A key that is
+    not allowed is an error in the reference executor; a device, which tells nobody of it, takes the nearest one.
 
     Args:
         client_keys: `{int32[n]}@CLIENTS`.
@@ -227,8 +235,11 @@ def federated_select(client_keys: object, max_key: int, server_value: object, se
         place.refuse(f"{described(keys)} are no keys; they must be {{int32[n]}}@CLIENTS")
     if table.placement is not SERVER:
         place.refuse(f"{described(whole)} must be at SERVER, from where the slices come")
-    if not isinstance(max_key, int) or max_key < 0:
-        place.refuse(f"max_key is the largest key, a whole number from 0 on, not {max_key!r}")
+    if not isinstance(max_key, int) or isinstance(max_key, bool) or max_key < 0:
+        place.refuse(
+            "max_key is the largest key, a whole number from 0 on, written as a number because devices check their "
+            f"keys against it: 9 for a table of ten rows, not {max_key!r}"
+        )
     argument = StructType(((None, table.member), (None, TensorType("int32"))))
     local = local_function(select, argument, place, placement=CLIENTS)
     result = FederatedType(SequenceType(local.result), CLIENTS, all_equal=False)
@@ -263,7 +274,13 @@ def _extreme(operator: Operator, value: object) -> Value:
 
 
 def _weight(place: Site, weight: object) -> Value:
-    given = _clients(place, place.value(weight))
+    given = place.value(weight)
+    if not contains(given.type_signature, FederatedType):
+        place.refuse(
+            f"the weight, {described(given)}, is not placed; the second argument is the weight of every member, and "
+            "whatever else is given by name, as bound=(low, high)"
+        )
+    given = _clients(place, given)
     kind = _placed(place, given).member
     if not isinstance(kind, TensorType) or kind.numpy_dtype.kind not in "iuf" or kind.shape not in ((), (1,)):
         place.refuse(f"the weight, {described(given)}, must be one number for each member, such as {{float32}}@CLIENTS")
@@ -274,16 +291,20 @@ def _placed(place: Site, value: Value, *placements: Placement) -> FederatedType:
     """Return the type of `value`; where it is not placed, refuse it with the advice to place it at `placements`."""
     kind = value.type_signature
     if not isinstance(kind, FederatedType):
-        cures = " or ".join(
-            f"sv.federated_value(value, sv.{placement})" for placement in placements or (SERVER, CLIENTS)
+        wanted, name = placements or (SERVER, CLIENTS), parameter_name(value)
+        cures = [f"sv.federated_value({name or 'value'}, sv.{placement})" for placement in wanted]
+        declared = [f"{{{kind}}}@CLIENTS" if placement is CLIENTS else f"{kind}@SERVER" for placement in wanted]
+        cure = f"declare {name} as {' or '.join(declared)}, or " if name else ""
+        place.refuse(
+            f"{described(value)} is not placed, and {place.operator} takes a placed value: {cure}use "
+            f"{' or '.join(cures)}"
         )
-        place.refuse(f"{described(value)} is not placed, and {place.operator} takes a placed value: use {cures}")
     return kind
 
 
 def _clients(place: Site, value: Value) -> Value:
     """Return `value`, zipped if it is a struct of values, and refuse it unless it is at CLIENTS."""
-    given = _zipped(place, value)
+    given = zipped(place, value)
     kind = _placed(place, given, CLIENTS)
     if kind.placement is not CLIENTS:
         place.refuse(
@@ -293,12 +314,12 @@ def _clients(place: Site, value: Value) -> Value:
     return given
 
 
-def _zipped(place: Site, value: Value) -> Value:
+def zipped(place: Site, value: Value) -> Value:
     """Return a struct of placed values as one placed value of structs, anything else as it is."""
     kind = value.type_signature
     if not isinstance(kind, StructType) or not contains(kind, FederatedType):
         return value
-    parts = [_zipped(place, part) for part in value]
+    parts = [zipped(place, part) for part in value]
     kinds = [_placed(place, part) for part in parts]
     if len({part.placement for part in kinds}) > 1:
         stray = next(part for part, placed in zip(parts, kinds, strict=True) if placed.placement is SERVER)
@@ -327,6 +348,14 @@ def _bound(place: Site, bound: tuple[float, float] | Bound | None) -> Bound | No
 
 
 def _above_0(place: Site, name: str, value: float | None) -> float | None:
-    if value is not None and not 0 < value < float("inf"):
-        place.refuse(f"{name} must be above 0, not {value!r}")
+    if value is not None and not (isinstance(value, int | float | np.number) and 0 < value < float("inf")):
+        place.refuse(f"{name} must be a number above 0, not {value!r}")
     return value
+
+
+def _check_encoding(place: Site, bits: object, lane: object) -> None:
+    if bits is not None and not (isinstance(bits, int) and 1 <= bits <= _MOST_BITS):
+        place.refuse(f"bits is the width of one coordinate before summation, 1 to {_MOST_BITS}, not {bits!r}")
+    lanes = get_args(LaneName)
+    if lane is not None and lane not in lanes:
+        place.refuse(f"lane is one of {', '.join(lanes)}, not {lane!r}")

@@ -39,12 +39,15 @@ class PlainRounds:
         """
         if not self._members:
             raise ConfigError(f"{request.name}: there are no devices; give a list with one entry a device")
-        program = open_program(decode_bundle(request.bundle))
+        bundle = decode_bundle(request.bundle)
+        program = open_program(bundle)
         broadcast = decode_tensors(request.broadcast)
         total: _Values = {}
         clamped = 0
         for member in self._members:
-            values = _finished(program, broadcast, _rows(request, member), request.work)
+            rows = _rows(request, member)
+            columns = {port.name: rows[port.name].astype(port.tensor_type.numpy_dtype) for port in bundle.batch}
+            values = _finished(program, broadcast, columns, request.work)
             bounded = _bounded(request.aggregations, values)
             for aggregation in request.aggregations:
                 value, outside = _clamped(aggregation, bounded[aggregation.name])

@@ -6,19 +6,27 @@ import linecache
 import os
 import sys
 from collections.abc import Callable
+from types import FrameType
 
 from sottovoce.language.expressions import Source
 
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+_LIBRARIES = ("numpy", "tensorflow", "keras")
 
 
 def here() -> Source:
-    """Return the author's line: that of the innermost frame outside this package."""
+    """Return the author's line: that of the innermost frame outside this package and what computes with arrays."""
     frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+    while frame.f_back is not None and _is_foreign(frame):
         frame = frame.f_back
     path, line = frame.f_code.co_filename, frame.f_lineno
     return Source(os.path.basename(path), line, linecache.getline(path, line).strip())
+
+
+def _is_foreign(frame: FrameType) -> bool:
+    """Say whether `frame` is not the author's: a library that was handed a value calls this package from within."""
+    package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+    return frame.f_code.co_filename.startswith(_PACKAGE) or package in _LIBRARIES
 
 
 def line_of(function: Callable[..., object]) -> Source:

@@ -84,8 +84,8 @@ class Tally:
             examples: Where the values are. Lists of numbers become `members`, which only a simulated fleet takes.
             key: As in RoundRequest.
         """
-        on_devices = isinstance(examples, DeviceValues)
         terms = self.terms
+        in_lists = [] if isinstance(examples, DeviceValues) or self.extraction else _columns(examples)
         return RoundRequest(
             key=key,
             name=self.name,
@@ -96,7 +96,7 @@ class Tally:
             aggregations=self.aggregations,
             weight_cap=1,
             broadcast=encode_tensors({**_START, **self.broadcast}),
-            members=() if on_devices or self.extraction else tuple(encode_tensors(one) for one in _columns(examples)),
+            members=tuple(map(encode_tensors, in_lists)),
             extraction=self.extraction,
             threshold=terms.threshold,
             participation=terms.participation,

@@ -16,7 +16,7 @@ from coordinator.requests import check_request, decode_sums, encode_sums, plan_o
 from coordinator.terms import CohortTerms, RoundTerms, Timing
 from sottovoce.errors import ConfigError
 from sottovoce.language.ports import RoundRequest, RoundSums
-from sottovoce.plan import LocalWork, Plan
+from sottovoce.plan import Aggregation, LocalWork, Plan, Quantised, canonical, decode_plan
 from sottovoce.wire.messages import Selected
 
 Ask = Callable[..., RoundRequest]
@@ -334,3 +334,11 @@ def test_a_journal_of_the_first_release_is_brought_up_to_date(tmp_path: Path, re
         ask(journal, request_of())
     with Journal(path) as journal:
         assert len(journal.tasks()) == 4
+
+
+def test_a_whole_number_where_a_real_one_is_meant_gives_the_plan_that_devices_decode(request_of: Ask) -> None:
+    """Authors write bound=(0, 100); the announced digest must be that of the plan as a device reads it."""
+    aggregation = Aggregation(name="sum", tensors=("float32[1]",), encoding=Quantised(half_range=100, bits=16))
+    request = request_of(aggregations=(aggregation,))
+    plan = plan_of(request, TERMS, fleet="home", chunk_bytes=2**18)
+    assert decode_plan(canonical(plan)).digest == plan.digest

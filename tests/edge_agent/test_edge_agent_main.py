@@ -56,7 +56,7 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert ended.value.code == 0
     printed = capsys.readouterr().out
-    for command in ("init", "enrol", "import", "run", "once", "infer", "status", "forget"):
+    for command in ("init", "enrol", "import", "run", "once", "infer", "suggest", "status", "forget"):
         assert f"    {command} " in printed
     assert "fleet-ca sign request.csr" in printed
 

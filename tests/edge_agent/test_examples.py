@@ -159,7 +159,8 @@ class TestText:
         assert put(store, tmp_path, name, content) == 2
         kept = store.read("c")
         assert list(kept["text"]) == ["Ciao, come va?", ""]
-        assert kept["at"].dtype == np.float32 and list(kept["at"]) == [7.0, 0.5]
+        assert kept["at"].dtype == np.float32
+        assert list(kept["at"]) == [7.0, 0.5]
         assert {column: str(kind) for column, kind in store.columns("c").items()} == {"text": "str", "at": "float32"}
 
     def test_a_line_of_digits_stays_what_was_written(self, store: ExampleStore, tmp_path: Path) -> None:

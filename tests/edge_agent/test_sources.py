@@ -207,6 +207,14 @@ def test_what_was_forgotten_does_not_come_back(device: Device, tmp_path: Path) -
     assert device.values("power", "watts") == [3]
 
 
+def test_messages_that_are_added_to_a_file_are_kept_as_text(device: Device, tmp_path: Path) -> None:
+    file = tmp_path / "chat.jsonl"
+    file.write_text('{"text": "Ciao, come va?"}\n{"text": 7}\n{"text": "bene"}\n', encoding="utf-8")
+    device.open(messages=SourceConfig(kind="file", path=str(file), every_s=0))
+    device.poll()
+    assert list(device.store.read("messages")["text"]) == ["Ciao, come va?", "bene"]
+
+
 def test_a_file_that_is_replaced_is_read_from_its_beginning(device: Device, tmp_path: Path) -> None:
     file = tmp_path / "power.jsonl"
     file.write_text('{"watts": 1}\n{"watts": 2}\n')

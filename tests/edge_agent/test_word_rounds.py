@@ -170,7 +170,7 @@ def ask_again(world: Any, number: int) -> None:
 
 @pytest.mark.parametrize(("days", "answers"), [(0.0, False), (6.9, False), (7.1, True)])
 def test_a_second_question_too_early_is_refused_also_after_a_restart(talk: Any, days: float, answers: bool) -> None:
-    weekly = msgspec.structs.replace(talk.coordinator.plan.privacy, participation=ParticipationTerms(every_days=7))
+    weekly = msgspec.structs.replace(talk.coordinator.plan.privacy, participation=ParticipationTerms(every_days=7.0))
     talk.coordinator.plan = msgspec.structs.replace(talk.coordinator.plan, privacy=weekly)
     train(talk)
     talk.run_rendezvous(DEVICES)

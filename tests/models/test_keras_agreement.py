@@ -70,6 +70,7 @@ def disagreement(
     for batch in batches:
         state, _ = program.step(state, batch)
     found = program.finish(state, broadcast)
+    assert all(np.abs(expected[DELTA + name]).max() <= 1e-5 for name in without_gradient), "it does have a gradient"
     compared = [name for name in training.learned if name not in without_gradient]
     assert any(np.abs(expected[DELTA + name]).max() > 1e-4 for name in compared), "nothing was learned"
     far = [float(np.abs(found[DELTA + name] - expected[DELTA + name]).max()) for name in compared]
@@ -190,3 +191,17 @@ def test_a_layer_learns_as_in_keras(name: str) -> None:
 @pytest.mark.parametrize("name", SLOW)
 def test_every_other_layer_learns_as_in_keras(name: str) -> None:
     _check(SLOW[name])
+
+
+def _attention() -> Any:
+    keras.utils.set_random_seed(3)
+    words = keras.Input((5,), dtype="int32", name="x")
+    embedded = layers.Embedding(7, 6)(words)
+    mixed = layers.MultiHeadAttention(2, 3, name="attention")(embedded, embedded, use_causal_mask=True)
+    hidden = layers.LayerNormalization()(layers.Add()([embedded, mixed]))
+    return keras.Model(words, layers.Dense(7, activation="softmax", name="last")(hidden))
+
+
+@pytest.mark.slow
+def test_attention_under_a_causal_mask_learns_as_in_keras() -> None:
+    assert disagreement(_attention(), without_gradient=["attention_key_bias"]) <= 5e-5

@@ -56,9 +56,12 @@ def test_an_export_says_what_the_bundle_costs(source: Path, capsys: pytest.Captu
     assert read_bundle(out)[0].results[0].updates == ("new_kernel", "new_bias")
 
 
+# Keras' own way of reading a variable does not know numpy's newest argument.
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 def test_a_saved_model_brings_its_loss_and_optimizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = tf.keras.Sequential([tf.keras.Input((6,)), layers.Dense(3, name="only")])
     model.compile(loss="mse", optimizer=tf.keras.optimizers.SGD(0.1, momentum=0.5))
+    model.optimizer.build(model.trainable_variables)
     model.save(tmp_path / "saved.keras")
     assert main(["export", str(tmp_path / "saved.keras"), "--out", str(tmp_path / "saved.svp")]) == 0
     state = [port.name for port in read_bundle(tmp_path / "saved.svp")[0].state]
@@ -85,8 +88,8 @@ def test_what_is_wrong_is_one_line(source: Path, model: str, text: str, capsys: 
 
 
 def test_the_estimated_memory_grows_with_the_batch_and_holds_the_state() -> None:
-    model = tf.keras.Sequential([tf.keras.Input((50,)), layers.Dense(100), layers.Dense(3, activation="softmax")])
+    model = tf.keras.Sequential([tf.keras.Input((5,)), layers.Dense(400), layers.Dense(3, activation="softmax")])
     training = training_of(model, loss="sparse_categorical_crossentropy", optimizer="adam")
     small, large = (peak_bytes(training, size) for size in (1, 100))
     assert small >= 2 * 3 * 4 * model.count_params()
-    assert large - small >= 99 * 4 * (50 + 100)
+    assert large - small >= 99 * 4 * 400

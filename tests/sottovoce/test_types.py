@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import namedtuple
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -172,6 +174,7 @@ def test_a_mistake_is_shown_where_it_stands() -> None:
     [
         ("", 1, "found the end"),
         ("string", 1, "'string' is written str"),
+        ("<a=float>", 4, "'float' is written float32"),
         ("int32 -> bool", 7, "a function is written in parentheses, as in (int32 -> bool)"),
         ("(int32)", 7, "'->' is missing here"),
         ("(int32 -> bool", 15, "')' is missing here"),
@@ -215,6 +218,41 @@ def test_descriptions_other_than_the_notation() -> None:
     assert type_of(("float32", np.int32)) == type_of(["float32", int]) == struct(F32, I32)
     assert type_of(namedtuple("Point", "x y")(float, "int32")) == struct(x=F32, y=I32)
     assert type_of(PREDICATE) is PREDICATE
+    assert type_of([("a", np.int32), ("b", "bool")]) == struct(a=I32, b=BOOL)
+
+
+class TensorFlowLike:
+    """What a TensorFlow dtype has; here nothing imports TensorFlow."""
+
+    as_numpy_dtype = np.float32
+
+
+def test_the_classes_take_descriptions_as_tffs_do() -> None:
+    dtype: Any = TensorFlowLike()
+    assert type_of(dtype) == TensorType(dtype) == F32
+    assert TensorType(np.float32, [None, 3]) == TensorType("float32", (None, 3))  # type: ignore[arg-type]
+    assert str(FederatedType(float, CLIENTS)) == "{float32}@CLIENTS"  # type: ignore[arg-type]
+    assert str(SequenceType({"x": np.int32, "y": bool})) == "<x=int32,y=bool>*"  # type: ignore[arg-type]
+    assert StructType([("a", np.int32), (None, "bool")]) == StructType((("a", I32), (None, BOOL)))  # type: ignore[arg-type]
+    assert StructType({"a": int}) == struct(a=I32)  # type: ignore[arg-type]
+    assert FunctionType(np.int32, np.bool_) == PREDICATE  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("make", "advice"),
+    [
+        (lambda: TensorType("float32", 3), r"a shape is a tuple of dimensions, such as \(10,\) or \(None, 3\), not 3"),
+        (lambda: TensorType("float32", (-1,)), "a dimension is a number from 0 to 2147483647, or None .*, not -1"),
+        (lambda: type_of((np.float32, (True,))), "a dimension is a number from 0 to 2147483647, or None .*, not True"),
+        (lambda: type_of((np.float32, (2**31,))), "a dimension is a number"),
+        (lambda: StructType((I32, BOOL)), "a struct is made of pairs of a name"),
+        (lambda: FederatedType(F32, "CLIENTS"), r"a placement is sv.CLIENTS or sv.SERVER, not 'CLIENTS'"),
+        (lambda: SequenceType(3), "3 does not name a type"),
+    ],
+)
+def test_the_classes_refuse_what_is_no_type(make: Callable[[], Type], advice: str) -> None:
+    with pytest.raises(ConfigError, match=advice):
+        make()
 
 
 @pytest.mark.parametrize("description", [3, None, object(), np.complex64, {"a": 1}, ("int32", (2, "x")), {"1a": int}])

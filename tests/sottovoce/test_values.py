@@ -179,3 +179,20 @@ def test_leaves_and_flattening() -> None:
         leaves(type_of("<int32*>"))
     with pytest.raises(TypeMismatch, match="missing: b"):
         flatten(NESTED, {"a": 1})
+
+
+def test_of_many_values_the_one_that_does_not_fit_is_named() -> None:
+    assert refusal("{float32}@CLIENTS", [1.0, 2.0, [3.0, 4.0]]).startswith("client 2 of the argument x does not fit")
+    assert refusal("{float32}@CLIENTS", [True, False]) == (
+        "client 0 of the argument x does not fit its type\n"
+        "    expected: float32\n"
+        "    found:    the bool True\n"
+        "A truth value is not a number by itself: give float32(...) of it, or declare bool."
+    )
+    assert refusal("int32*", np.zeros(3)).startswith("element 0 of the argument x does not fit")
+
+
+def test_a_set_loses_equal_values_so_it_is_no_list_of_them() -> None:
+    assert refusal("{float32}@CLIENTS", {20.0, 21.0}).endswith(
+        "found:    a set\nA set has no order and holds equal values once: give a list."
+    )

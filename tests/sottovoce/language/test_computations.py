@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -220,3 +221,25 @@ def test_an_executor_is_used_inside_its_with_only() -> None:
         assert plus(1, 2) == 3
     assert executor.calls == [{"values": sv.latest("ages", 0, 120), "offset": 3}]  # type: ignore[attr-defined]
     assert total_and_offset([1], 3) == (1, 3)
+
+
+@pytest.mark.parametrize(
+    ("make", "advice"),
+    [
+        (lambda: sv.latest(5), "sv.latest takes the name of a collection of the devices, .*, not 5"),  # type: ignore[arg-type]
+        (lambda: sv.collection("my readings"), "1 to 64 characters of A-Z a-z 0-9 _ -, .*, not 'my readings'"),
+        (lambda: sv.latest("t", low=5), r"give both low= and high=, .* not \(5, None\)"),
+        (lambda: sv.latest("t", 5, 1), r"the lower one first, or neither, not \(5, 1\)"),
+        (lambda: sv.latest("t", "a", "b"), r"finite numbers, .* not \('a', 'b'\)"),  # type: ignore[arg-type]
+        (lambda: sv.clip("a", 1), r"clip takes two finite numbers, the lower one first, not \('a', 1\)"),  # type: ignore[arg-type]
+        (lambda: sv.clip(3, 1), "the lower one first"),
+        (lambda: sv.cast("float16"), "cast: 'float16' is no dtype of numbers; use one of float32"),
+    ],
+)
+def test_arguments_of_builtins_and_collections_that_cannot_be(make: Callable[[], object], advice: str) -> None:
+    with pytest.raises(ConfigError, match=advice):
+        make()
+
+
+def test_a_cast_takes_dtypes_as_types_do() -> None:
+    assert repr(sv.cast(np.float32)) == repr(sv.cast(float)) == repr(sv.cast("float32")) == "sv.cast('float32')"

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
 import sottovoce as sv
 from sottovoce.errors import ConfigError, DefinitionError, TypeMismatch
@@ -47,6 +48,7 @@ MAPPED_CURE = (
     "Decorate the function that computes with @sv.tf_computation and write it in TensorFlow (x + y, tf.sqrt(x), "
     "tf.where instead of if): then it travels to the devices."
 )
+AN_ARRAY = "an array of it (numpy, or TensorFlow outside of sv.tf_computation)"
 SIDE_EFFECTS: dict[str, tuple[Defined, str]] = {
     "print": (print_it, "printing it or making text of it"),
     "text": (lambda x: f"{x}", "printing it or making text of it"),
@@ -56,7 +58,8 @@ SIDE_EFFECTS: dict[str, tuple[Defined, str]] = {
     "round": (lambda x: round(x), "round()"),
     "numpy function": (lambda x: np.mean(x), "numpy.mean"),
     "numpy ufunc": (lambda x: np.sqrt(x), "numpy.sqrt"),
-    "numpy array": (lambda x: np.asarray(x), "numpy"),
+    "numpy array": (lambda x: np.asarray(x), AN_ARRAY),
+    "TensorFlow": (lambda x: tf.sqrt(x), AN_ARRAY),
     "numpy on the left": (lambda x: np.float32(2) * x, "numpy.multiply"),
     "math": (lambda x: math.sqrt(x), "float()"),
     "plus": (lambda x: x + 1, "+"),
@@ -129,7 +132,45 @@ REFUSED: dict[str, tuple[Defined, tuple[str, ...], str]] = {
         lambda x: sv.federated_broadcast(x),
         ("float32",),
         "federated_broadcast: x (float32) is not placed, and federated_broadcast takes a placed value: "
-        "use sv.federated_value(value, sv.SERVER)",
+        "declare x as float32@SERVER, or use sv.federated_value(x, sv.SERVER)",
+    ),
+    "a mean of a parameter without a placement": (
+        lambda x: sv.federated_mean(x),
+        ("float32",),
+        "federated_mean: x (float32) is not placed, and federated_mean takes a placed value: "
+        "declare x as {float32}@CLIENTS, or use sv.federated_value(x, sv.CLIENTS)",
+    ),
+    "a bound in the place of the weight": (
+        lambda x: sv.federated_mean(x, (0, 10)),
+        (FLOATS,),
+        "federated_mean: the weight, the constant 0, 10 (<int32,int32>), is not placed; the second argument is the "
+        "weight of every member, and whatever else is given by name, as bound=(low, high)",
+    ),
+    "too many bits": (
+        lambda x: sv.federated_sum(x, bound=(0, 1), bits=49),
+        (FLOATS,),
+        "federated_sum: bits is the width of one coordinate before summation, 1 to 48, not 49",
+    ),
+    "a lane that is none": (
+        lambda x: sv.federated_mean(x, lane="uint8"),  # type: ignore[arg-type]
+        (FLOATS,),
+        "federated_mean: lane is one of uint32, uint16, 3x21, dense, uint64, not 'uint8'",
+    ),
+    "a norm that is no number": (
+        lambda x: sv.federated_mean(x, clip_norm="1"),  # type: ignore[arg-type]
+        (FLOATS,),
+        "federated_mean: clip_norm must be a number above 0, not '1'",
+    ),
+    "a largest key that is a value": (
+        lambda k: sv.federated_select(k, sv.federated_value(9, sv.SERVER), sv.federated_value(1, sv.SERVER), min),  # type: ignore[arg-type]
+        ("{int32[2]}@CLIENTS",),
+        "federated_select: max_key is the largest key, a whole number from 0 on, written as a number because devices "
+        "check their keys against it: 9 for a table of ten rows, not <value of type int32@SERVER>",
+    ),
+    "a builtin that is given its value": (
+        lambda x: sv.federated_mean(sv.cast(x)),
+        (FLOATS,),
+        "cast: sv.cast(dtype) is a function, to be mapped over values: sv.federated_map(sv.cast(dtype), value)",
     ),
     "a sum at the server": (
         lambda x: sv.federated_sum(x),

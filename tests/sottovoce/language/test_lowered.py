@@ -91,6 +91,16 @@ def test_plan_of_a_computation_names_what_every_sum_is() -> None:
     assert "at least 3; more where the fleet or this device's own policy asks for more" in told
 
 
+def test_a_plan_names_the_collection_of_the_call_that_is_meant() -> None:
+    told = fraction_over.plan(sv.latest("temperature"), 21.0)
+    assert "the newest example of the collection 'temperature': readings (float32)" in told
+    two = sv.federated_computation("{float32}@CLIENTS", "{float32}@CLIENTS")(
+        lambda x, y: (sv.federated_sum(x, bound=(0, 1)), sv.federated_sum(y, bound=(0, 1)))
+    )
+    with pytest.raises(ConfigError, match="would read the collections 'indoors' and 'outdoors'; a computation reads"):
+        two.plan(sv.latest("indoors"), sv.latest("outdoors"))
+
+
 def test_a_saved_computation_is_the_same_and_gives_the_same(
     lowered: Lowered, tmp_path: Path, fleet: FleetExecutor, plain_rounds: Any
 ) -> None:

@@ -250,6 +250,20 @@ def test_client_state_is_kept_by_each_member_in_each_executor() -> None:
         assert visit([1]) == (10,)
 
 
+def test_a_dict_of_values_is_written_to_a_slot_as_one_struct() -> None:
+    slot = sv.client_state("two-values", {"total": "float32", "count": "int32"})
+
+    @sv.federated_computation("{float32}@CLIENTS", "{int32}@CLIENTS")
+    def keep(total, count):
+        kept = slot.read()
+        slot.write({"total": total, "count": count})
+        return sv.federated_sum(kept.total), sv.federated_sum(kept.count)
+
+    with sv.use(sv.reference_executor()):
+        assert keep([1.0, 2.0], [3, 4]) == (0, 0)
+        assert keep([0.0, 0.0], [0, 0]) == (3.0, 7)
+
+
 def test_client_state_of_a_run_that_fails_is_not_kept() -> None:
     slot = sv.client_state("kept", "int32")
 

@@ -34,7 +34,10 @@ from sottovoce.wire.codec import Opened, open_envelope, parse
 from sottovoce.wire.messages import AdvertiseKeys, SecAggParameters
 
 FOLDER = Path(__file__).parents[2] / "vectors"
-FILES: dict[str, Any] = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in FOLDER.glob("*.json")}
+WRITTEN_BY_HAND = {"text.json", "sketches.json"}
+"""Examples, not computed ones: what people expect of a message's words."""
+PATHS = [path for path in FOLDER.glob("*.json") if path.name not in WRITTEN_BY_HAND]
+FILES: dict[str, Any] = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in PATHS}
 VECTORS = [vector for file in FILES.values() for vector in file.get("vectors", ())]
 TRANSCRIPTS = {name: file for name, file in FILES.items() if name.startswith("transcript-")}
 AT = datetime.datetime(2026, 12, 1, tzinfo=datetime.UTC)
@@ -44,14 +47,9 @@ LENIENT = {"minimum_cohort": 3, "minimum_honest_survivors": 2, "modes": ["active
 Inputs = Mapping[str, Any]
 
 
-WRITTEN_BY_HAND = {"text.json", "sketches.json"}
-"""Examples, not computed ones: what people expect of a message's words."""
-
-
 def test_no_vector_file_is_stale() -> None:
     made = vector_files.files()
-    paths = [path for path in FOLDER.glob("*.json") if path.name not in WRITTEN_BY_HAND]
-    stored = {path.name: path.read_text(encoding="utf-8") for path in paths}
+    stored = {path.name: path.read_text(encoding="utf-8") for path in PATHS}
     stale = [name for name in sorted(made.keys() | stored.keys()) if made.get(name) != stored.get(name)]
     assert not stale, (
         f"stale: {', '.join(stale)}; look at what has changed in the protocol, then run scripts/make_vectors"

@@ -1,0 +1,51 @@
+"""The models of the zoo that are ordinary Keras: their sizes, and that they train on a device as in Keras."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from models.keras_export import export
+from models.lint import lint
+from models.zoo.character_lstm import character_lstm
+from models.zoo.har_gru import har_gru
+from models.zoo.keywords import keywords
+from models.zoo.mnist_cnn import mnist_cnn
+from models.zoo.next_word import next_word
+from models.zoo.two_nn import two_nn
+
+SIZES: dict[str, tuple[Callable[[], Any], int]] = {
+    "two_nn": (two_nn, 199_210),
+    "mnist_cnn": (mnist_cnn, 1_663_370),
+    "har_gru": (har_gru, 12_678),
+    "keywords": (keywords, 24_332),
+    "next_word": (next_word, 359_892),
+    "character_lstm": (character_lstm, 820_522),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_a_model_has_the_size_of_its_description(name: str) -> None:
+    make, parameters = SIZES[name]
+    assert make().count_params() == parameters
+
+
+def test_nothing_stands_in_the_way_of_training() -> None:
+    for make in (two_nn, keywords, next_word):
+        assert not [finding for finding in lint(make()) if finding.problem]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "make",
+    [two_nn, mnist_cnn, har_gru, keywords, lambda: next_word(length=8), lambda: character_lstm(length=5)],
+    ids=["two_nn", "mnist_cnn", "har_gru", "keywords", "next_word", "character_lstm"],
+)
+def test_a_model_trains_in_litert_as_in_keras(make: Callable[[], Any]) -> None:
+    # The exporter runs the runtime against Keras before it returns: nothing else is to be compared here.
+    model = make()
+    bundle = export(model, loss=model.loss, optimizer=model.optimizer)
+    assert bundle.self_test.tolerance <= 1e-4
+    assert len(bundle.self_test.batches) == 5
