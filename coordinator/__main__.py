@@ -15,6 +15,8 @@ import sqlite3
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +36,7 @@ from sottovoce.bundle import decode_bundle, encode_bundle, with_initial
 from sottovoce.errors import ConfigError, ProgramError, SottovoceError
 from sottovoce.file_lock import FileLock
 from sottovoce.identity import latest_time
+from sottovoce.secagg.server_steps import Spread
 from sottovoce.tensors import decode_tensors
 from sottovoce.transport.base import Transport
 from sottovoce.transport.mqtt import MqttTransport
@@ -141,13 +144,15 @@ def _run(options: argparse.Namespace) -> int:
     settings = read_settings(options.config)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     setup = load_setup(settings, at=latest_time(time.time()), entropy=os.urandom)
+    threads = os.cpu_count() or 1
     events = _open_events(options.events)
     stopping: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda received, frame: stopping.append(received))
-    with _only_one(settings.journal), Journal(settings.journal) as journal:
+    with _only_one(settings.journal), Journal(settings.journal) as journal, ThreadPoolExecutor(threads) as pool:
         transport = MqttTransport(mqtt_settings(settings.name, settings.broker), rng=random.SystemRandom())
         try:
+            setup = replace(setup, spread=Spread(threads, pool.map))
             service = Service(setup, journal=journal, transport=transport, events=events)
             serve(service, transport, clock=steady_clock(), stopping=lambda: bool(stopping), once=options.once)
         finally:

@@ -46,7 +46,7 @@ _WHERE = "coordinator.connect"
 _CODE = re.compile(r"[a-z_]+")
 _MORE_DEVICES = (
     "have more devices switched on and connected, wait longer (timeout_s), or ask for fewer (minimum; the devices' "
-    "owners have the last word)"
+    "owners have the last word: the log of an agent that refuses names the rule, such as minimum_cohort or discovery)"
 )
 _CURES = {
     "too_few_checked_in": _MORE_DEVICES,

@@ -32,6 +32,7 @@ from sottovoce.identity import SignedContext
 from sottovoce.secagg.graph import BASIS_POINTS, COMPLETE_GRAPH_LIMIT, GraphParameters, degree, threshold
 from sottovoce.secagg.lanes import decode, layout_of
 from sottovoce.secagg.server import STAGE_NAMES, Reply, ServerSession
+from sottovoce.secagg.server_steps import Spread
 from sottovoce.wire.chunks import VectorChunk
 from sottovoce.wire.codec import ALL, Opened
 from sottovoce.wire.messages import (
@@ -64,6 +65,7 @@ class Situation:
         terms: Numbers and deadlines.
         presence: Who is connected.
         entropy: Returns that many random bytes.
+        spread: Over how many threads masks are taken off.
         now_ms: The coordinator's time.
     """
 
@@ -71,6 +73,7 @@ class Situation:
     terms: Terms
     presence: Presence
     entropy: Callable[[int], bytes]
+    spread: Spread
     now_ms: int
 
 
@@ -119,6 +122,7 @@ def open_rendezvous(
         parameters=parameters,
         expected=cohort.keys() - withdrawn,
         graph_rule=lambda members: graph_of(terms, members),
+        spread=situation.spread,
     )
     phase = Reporting(
         cohort=frozenset(cohort),

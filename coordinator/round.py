@@ -39,6 +39,7 @@ from coordinator.presence import Presence
 from coordinator.rendezvous import NotInCohort, Situation
 from sottovoce.errors import ConflictingMessage, MalformedMessage, Replayed, UnexpectedMessage
 from sottovoce.plan import canonical, digest_of
+from sottovoce.secagg.server_steps import AT_ONCE, Spread
 from sottovoce.wire.chunks import VectorChunk
 from sottovoce.wire.codec import Opened
 from sottovoce.wire.messages import (
@@ -75,16 +76,25 @@ class Round:
         presence: Who is connected; the round keeps it up to date from `device_status`.
         entropy: Returns that many random bytes.
         now_ms: The coordinator's time.
+        spread: Over how many threads masks are taken off.
     """
 
     def __init__(
-        self, agenda: Agenda, terms: Terms, *, presence: Presence, entropy: Callable[[int], bytes], now_ms: int
+        self,
+        agenda: Agenda,
+        terms: Terms,
+        *,
+        presence: Presence,
+        entropy: Callable[[int], bytes],
+        now_ms: int,
+        spread: Spread = AT_ONCE,
     ) -> None:
         self.agenda = agenda
         self.terms = terms
         self.phase: Phase = Selection({}, frozenset(), last_check_in_ms=now_ms, full_since_ms=None)
         self._presence = presence
         self._entropy = entropy
+        self._spread = spread
         self._accepted: dict[tuple[str, type[Message]], bytes] = {}
         self._decisions: dict[str, Send] = {}
         self._last: dict[str, Send] = {}
@@ -174,7 +184,7 @@ class Round:
         return frozenset() if isinstance(self.phase, Selection) else frozenset(self.phase.cohort)
 
     def _situation(self, now_ms: int) -> Situation:
-        return Situation(self.agenda, self.terms, self._presence, self._entropy, now_ms)
+        return Situation(self.agenda, self.terms, self._presence, self._entropy, self._spread, now_ms)
 
     def _check_context(self, opened: Opened[Any]) -> None:
         context, message = opened.context, opened.message

@@ -26,6 +26,7 @@ from coordinator.threshold import thresholded
 from sottovoce.errors import RoundAbandoned, SottovoceError
 from sottovoce.identity import Identity, TrustAnchor
 from sottovoce.plan import blob_ref, digest_of
+from sottovoce.secagg.server_steps import AT_ONCE, Spread
 from sottovoce.wire.messages import Outcome
 
 LOOK_AGAIN_MS = 150
@@ -43,6 +44,7 @@ class Setup:
         chunk_bytes: Largest piece of a blob.
         uploads: Slots for masked vectors.
         entropy: Returns that many random bytes.
+        spread: Over how many threads masks are taken off.
     """
 
     identity: Identity
@@ -50,6 +52,7 @@ class Setup:
     chunk_bytes: int
     uploads: UploadSettings
     entropy: Callable[[int], bytes]
+    spread: Spread = AT_ONCE
 
 
 class RoundSequence:
@@ -212,7 +215,14 @@ class RoundSequence:
         presence = Presence(
             online=self._fleet.online, offline=self._fleet.offline, now_ms=now_ms, grace_ms=terms.grace_ms
         )
-        machine = Round(agenda, terms, presence=presence, entropy=self._setup.entropy, now_ms=now_ms)
+        machine = Round(
+            agenda,
+            terms,
+            presence=presence,
+            entropy=self._setup.entropy,
+            now_ms=now_ms,
+            spread=self._setup.spread,
+        )
         downloads = new_blob_bytes + len(envelope)
         self.current = RoundRecord(assignment, row, machine, now_ms, downloads, self._events)
         self._announcer.announce(envelope)

@@ -238,8 +238,12 @@ tls = {tls}
 # Counts: at most so many entries of this device that are not 0, each at most so large; 0 is no limit.
 # max_entries = 0
 # max_count = 0
+# Sums that are given to every device must leave out what fewer devices than this have contributed; 0 asks for nothing.
+# minimum_threshold = 3
 # Fewest words in a vocabulary that messages are read by; 1 allows to ask for a single word.
 # minimum_vocabulary = 2
+# true: plans may also ask for words that they do not list. Then the coordinator reads words that nobody has thought of.
+# discovery = false
 # What programs may keep on this device from one round to the next, in bytes, all slots together; 0 refuses it.
 # max_client_state_bytes = 1048576
 # Processor threads that a program may use.

@@ -127,6 +127,8 @@ def measure(rows: Rows) -> dict[str, Column]:
 
 def _measure_cell(cell: object, place: str, name: str) -> Column:
     where = f"{place}, column {name!r}"
+    if not name.isprintable():
+        raise BadExamples(f"{where}: a column's name is shown to people: it must be printable text")
     if isinstance(cell, str) and name:
         return _measure_text(cell, place, where)
     try:
@@ -239,7 +241,7 @@ def _csv_rows(path: Path) -> Rows:
             texts: frozenset[int] | None = None
             for cells in reader:
                 if cells:
-                    texts = _text_positions(cells, layout) if texts is None else texts
+                    texts = text_positions(cells, layout) if texts is None else texts
                     place = f"line {reader.line_num}"
                     yield place, csv_cells(cells, header, layout, place, texts=texts)
         except csv.Error as error:
@@ -305,8 +307,13 @@ def csv_cells(
     }
 
 
-def _text_positions(cells: list[str], layout: Mapping[str, int | list[int]]) -> frozenset[int]:
-    """Return where the first line of examples has text, though never as an entry of a vector."""
+def text_positions(cells: list[str], layout: Mapping[str, int | list[int]]) -> frozenset[int]:
+    """Return where the first line of examples has text, though never as an entry of a vector.
+
+    Args:
+        cells: Of that line.
+        layout: What `csv_layout` returned.
+    """
     alone = {where for where in layout.values() if isinstance(where, int)}
     return frozenset(position for position, text in enumerate(cells) if position in alone and _is_text(text))
 

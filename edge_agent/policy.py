@@ -13,7 +13,7 @@ from typing import Literal, TypeAlias, get_args
 
 from edge_agent.extraction import EXTRACTORS
 from sottovoce.errors import ConfigError, PolicyRefusal
-from sottovoce.plan import Counted, Plan, Quantised
+from sottovoce.plan import Aggregation, Counted, Plan, Quantised, counts_devices
 from sottovoce.secagg.client import ClientTerms
 from sottovoce.wire.messages import Mode
 
@@ -42,12 +42,18 @@ class Policy:
             as the plan would use examples that were used then.
         max_weight: A plan may count at most this many examples of this device; 0 is no limit.
         max_clip_norm: Every real-valued aggregation must be clipped to at most this norm; 0 is no limit.
-        max_entries: A counted aggregation may have at most this many entries of this device that are not 0 (the plan's
-            `entries`, or its size where it sets no limit); 0 is no limit.
-        max_count: An entry of a counted aggregation may be at most this large; 0 is no limit.
+        max_entries: All counted aggregations of a plan together, and all of one that reads messages, may have at most
+            this many entries of this device that are not 0 (the plan's `entries`, or the size where it sets no limit;
+            what counts devices in the entries of another one is no more); 0 is no limit.
+        max_count: An entry of such an aggregation may be at most this large; 0 is no limit.
+        minimum_threshold: A plan that gives its sums to every device must take out of all of them what fewer devices
+            than this have contributed; 0 asks for nothing.
         minimum_vocabulary: Fewest words in each vocabulary of a plan that reads messages. Who asks for one word tests
             whether it is said at all, so the default is 2; 1 allows that. More is a demand on honest authors
             only: others fill up with words that nobody says.
+        discovery: Plans may ask for words that they do not list (the sketches `text.word_sketch/1` and
+            `text.word_table/1`): then the coordinator may read words of this device that nobody has thought of, among
+            them, if it lies about which are frequent, rare ones.
         max_client_state_bytes: What programs may keep on this device from one round to the next, all slots together;
             0 refuses every program that keeps anything.
         threads: Processor threads that a program may use, 1 to 64.
@@ -66,7 +72,9 @@ class Policy:
     max_clip_norm: float = 0.0
     max_entries: int = 0
     max_count: int = 0
+    minimum_threshold: int = 3
     minimum_vocabulary: int = 2
+    discovery: bool = False
     max_client_state_bytes: int = 1024 * 1024
     threads: int = 1
 
@@ -82,6 +90,7 @@ class Policy:
             ("max_clip_norm", 0 <= self.max_clip_norm < float("inf"), "must be 0 (no limit) or more"),
             ("max_entries", self.max_entries >= 0, "must be 0 (no limit) or more"),
             ("max_count", self.max_count >= 0, "must be 0 (no limit) or more"),
+            ("minimum_threshold", self.minimum_threshold >= 0, "must be 0 (none is asked for) or more"),
             ("minimum_vocabulary", self.minimum_vocabulary >= 1, "must be at least 1"),
             ("max_client_state_bytes", self.max_client_state_bytes >= 0, "must be 0 (nothing is kept) or more"),
             ("threads", 1 <= self.threads <= 64, "must be 1 to 64"),
@@ -196,23 +205,48 @@ def _not_clipped(policy: Policy, plan: Plan, _now_s: float) -> str:
 
 
 def _too_many_entries(policy: Policy, plan: Plan, _now_s: float) -> str:
-    for aggregation in plan.aggregations:
-        entries = aggregation.entries or aggregation.size
-        own = isinstance(aggregation.encoding, Counted) and not aggregation.presence_of and not aggregation.follows
-        if policy.max_entries and own and entries > policy.max_entries:
-            return (
-                f"aggregation {aggregation.name!r} takes up to {entries} entries of a device; this one allows "
-                f"{policy.max_entries}"
-            )
-    return ""
+    named = {aggregation.name: aggregation for aggregation in plan.aggregations}
+    # What follows another one has that one's entries, and is limited by them, of whatever kind that one is.
+    bounded = [(a, named.get(a.follows, a)) for a in plan.aggregations if _counts(plan, a) and not a.presence_of]
+    entries = {bound.name: bound.entries or bound.size for _, bound in bounded}
+    total = sum(entries.values())
+    if not policy.max_entries or total <= policy.max_entries:
+        return ""
+    names = ", ".join(repr(a.name) for a, _ in bounded)
+    one = "aggregation" if len(bounded) == 1 else "aggregations"
+    takes = "takes" if len(bounded) == 1 else "together take"
+    return f"{one} {names} {takes} up to {total} entries of a device; this one allows {policy.max_entries}"
 
 
 def _count_too_large(policy: Policy, plan: Plan, _now_s: float) -> str:
     for aggregation in plan.aggregations:
-        if policy.max_count and isinstance(aggregation.encoding, Counted):
-            maximum = aggregation.encoding.maximum
+        if policy.max_count and _counts(plan, aggregation):
+            encoding = aggregation.encoding
+            maximum = encoding.maximum if isinstance(encoding, Counted) else encoding.half_range
             if maximum > policy.max_count:
-                return f"aggregation {aggregation.name!r} counts up to {maximum}; this device allows {policy.max_count}"
+                name = aggregation.name
+                return f"aggregation {name!r} counts up to {maximum:.15g}; this device allows {policy.max_count}"
+    return ""
+
+
+def _counts(plan: Plan, aggregation: Aggregation) -> bool:
+    """Say whether the owner's limits on counts hold for `aggregation`: rows of messages are counted in any encoding."""
+    return isinstance(aggregation.encoding, Counted) or plan.extraction is not None
+
+
+def _threshold_too_low(policy: Policy, plan: Plan, _now_s: float) -> str:
+    least, offered = policy.minimum_threshold, plan.privacy.threshold
+    if not plan.publish or not least:
+        return ""
+    if offered < least:
+        return f"it publishes what {max(1, offered)} devices have contributed; this device asks for at least {least}"
+    known = {a.presence_of for a in plan.aggregations} | {a.name for a in plan.aggregations if counts_devices(a)}
+    for aggregation in plan.aggregations:
+        if (aggregation.presence_of or aggregation.follows or aggregation.name) not in known:
+            return (
+                f"it publishes aggregation {aggregation.name!r} without counting devices in its entries, so its "
+                f"threshold of {offered} takes nothing out of it"
+            )
     return ""
 
 
@@ -220,6 +254,15 @@ def _unknown_extractor(_policy: Policy, plan: Plan, _now_s: float) -> str:
     if plan.extraction is None or plan.extraction.extractor in EXTRACTORS:
         return ""
     return f"it reads messages by {plan.extraction.extractor!r}; this device has {', '.join(EXTRACTORS)}"
+
+
+def _discovers(policy: Policy, plan: Plan, _now_s: float) -> str:
+    if policy.discovery or plan.extraction is None or plan.extraction.sketch is None:
+        return ""
+    return (
+        f"it asks for words that it does not list ({plan.extraction.extractor}); set policy.discovery = true to allow "
+        "that"
+    )
 
 
 def _vocabulary_too_small(policy: Policy, plan: Plan, _now_s: float) -> str:
@@ -245,7 +288,9 @@ _RULES: dict[str, Callable[[Policy, Plan, float], str]] = {
     "max_entries": _too_many_entries,
     "max_count": _count_too_large,
     "extractor": _unknown_extractor,
+    "discovery": _discovers,
     "minimum_vocabulary": _vocabulary_too_small,
+    "minimum_threshold": _threshold_too_low,
 }
 
 

@@ -16,6 +16,8 @@ from sottovoce.types import Array
 
 PUBLISHED_FOLDER = "published"
 _SUFFIX = ".sums"
+MOST_PLANS = 100
+"""So many plans' sums are kept, those that came last: names cost whoever publishes nothing, and disks are small."""
 
 
 class _File(Document, frozen=True):
@@ -41,7 +43,7 @@ class Published:
 
 
 def keep_published(folder: Path, plan: bytes, sums: bytes, *, round: int) -> None:
-    """Keep `sums` as what the plan of that name has brought last, in one step.
+    """Keep `sums` as what the plan of that name has brought last, in one step, and drop those of too many plans.
 
     Args:
         folder: The device's folder of published sums; made if missing.
@@ -59,6 +61,9 @@ def keep_published(folder: Path, plan: bytes, sums: bytes, *, round: int) -> Non
         folder.mkdir(mode=0o700, exist_ok=True)
         unfinished.write_bytes(canonical(_File(plan=plan, round=round, digest=digest_of(sums), sums=sums)))
         os.replace(unfinished, path)
+        by_age = sorted(folder.glob(f"*{_SUFFIX}"), key=lambda kept: kept.stat().st_mtime_ns)
+        for old in by_age[:-MOST_PLANS]:
+            old.unlink()
     except OSError as error:
         raise ConfigError(f"cannot write {path} ({error.strerror}); is the disk full?") from error
 

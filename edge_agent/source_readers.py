@@ -6,6 +6,7 @@ left to the store, which drops and counts it.
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import subprocess
@@ -17,7 +18,7 @@ from typing import IO, Protocol
 
 import msgspec
 
-from edge_agent.example_files import Cells, csv_cells, csv_layout, json_object
+from edge_agent.example_files import Cells, csv_cells, csv_layout, json_object, text_positions
 from edge_agent.source_settings import SourceConfig
 from sottovoce.errors import BadExamples
 from sottovoce.transport.base import Connected, Delivery, Disconnected, Transport
@@ -154,18 +155,28 @@ class Command:
 
 
 class _Position(msgspec.Struct, frozen=True):
-    """How far a file has been read: up to `offset` of the file that is `inode`; `header` is the first line of a CSV."""
+    """How far a file has been read.
+
+    Attributes:
+        inode: Which file that was.
+        offset: Up to this byte of it.
+        header: The first line of a CSV.
+        texts: The places of its columns of text, as the first line of examples has them; None before that line.
+        in_overlong: The line at `offset` is the rest of one that is too long to be read.
+    """
 
     inode: int = 0
     offset: int = 0
     header: str = ""
+    texts: tuple[int, ...] | None = None
+    in_overlong: bool = False
 
 
 class GrowingFile:
     """The lines that are added to a .csv or .jsonl file; a file that was replaced or cut is read from its beginning.
 
     Whole numbers become real ones: the first line says nothing about the later ones. A line is read when its end has
-    been written.
+    been written; a cell of a CSV has no line breaks.
     """
 
     def __init__(self, path: str, *, position: str | None, every_s: float) -> None:
@@ -187,9 +198,9 @@ class GrowingFile:
         except OSError as error:
             raise BadExamples(f"cannot read {self._path}: {error.strerror}") from error
         whole = content[: content.rfind(b"\n") + 1]
-        if not whole and len(content) == _LARGEST_READ:
-            raise BadExamples(f"{self._path}: a line is longer than {_LARGEST_READ} bytes; is it a text file?")
-        return self._batch(at, whole) if whole else Batch()
+        if whole:
+            return self._batch(at, whole)
+        return self._passed_over(at, content) if len(content) == _LARGEST_READ else Batch()
 
     def close(self) -> None:
         """See Reader."""
@@ -198,29 +209,52 @@ class GrowingFile:
         same = stat.st_ino == self._position.inode and stat.st_size >= self._position.offset
         return self._position if same else _Position(inode=stat.st_ino)
 
+    def _passed_over(self, at: _Position, content: bytes) -> Batch:
+        """Leave out what has no end within the largest read: one such line must not keep the later ones waiting."""
+        self._position = msgspec.structs.replace(at, offset=at.offset + len(content), in_overlong=True)
+        text = f"{self._path}: a line is longer than {_LARGEST_READ} bytes and was left out; is it a text file?"
+        return Batch(position=self._stored_position(), errors=[] if at.in_overlong else [text])
+
     def _batch(self, at: _Position, whole: bytes) -> Batch:
-        lines = whole.decode("utf-8-sig", errors="replace").splitlines()
-        header = at.header
-        if self._is_csv and not header:
-            header, lines = lines[0], lines[1:]
+        # Only these ends: others, such as U+2028, may stand in a message, and JSON leaves them as they are.
+        lines = [line.rstrip("\r") for line in whole.decode("utf-8-sig", errors="replace").split("\n")]
+        self._position = msgspec.structs.replace(at, offset=at.offset + len(whole), in_overlong=False)
         rows, errors = [], []
-        for number, line in enumerate(lines):
-            place = f"{self._path.name}, byte {at.offset} onwards, line {number + 1}"
+        for number, line in enumerate(lines[1:] if at.in_overlong else lines, start=1):
+            place = f"{self._path.name}, byte {at.offset} onwards, line {number}"
             try:
-                if line.strip():
-                    rows.append((place, self._cells(header, line, place)))
+                if line.strip() and not self._is_header(line):
+                    rows.append((place, self._cells(line, place)))
             except BadExamples as error:
                 errors.append(str(error))
-        self._position = _Position(at.inode, at.offset + len(whole), header)
-        return Batch(rows, msgspec.json.encode(self._position).decode(), errors)
+        return Batch(rows, self._stored_position(), errors)
 
-    def _cells(self, header: str, line: str, place: str) -> Cells:
-        if self._is_csv:
-            names = [name.strip() for name in header.split(",")]
-            cells = csv_cells(line.split(","), names, csv_layout(names), place)
-        else:
-            cells = json_object(line, place)
-        return {name: _real(value) for name, value in cells.items()}
+    def _is_header(self, line: str) -> bool:
+        """Say whether `line` is the first one of a CSV, and note it."""
+        if not self._is_csv or self._position.header:
+            return False
+        self._position = msgspec.structs.replace(self._position, header=line)
+        return True
+
+    def _cells(self, line: str, place: str) -> Cells:
+        try:
+            cells = self._csv_cells(line, place) if self._is_csv else json_object(line, place)
+            return {name: _real(value) for name, value in cells.items()}
+        except RecursionError as error:
+            raise BadExamples(f"{place}: lists in lists in lists, too many to be read") from error
+
+    def _csv_cells(self, line: str, place: str) -> Cells:
+        names = [name.strip() for name in _csv_line(self._position.header, place)]
+        cells, layout = _csv_line(line, place), csv_layout(names)
+        texts = self._position.texts
+        if texts is None:
+            texts = tuple(sorted(text_positions(cells, layout)))
+        found = csv_cells(cells, names, layout, place, texts=frozenset(texts))
+        self._position = msgspec.structs.replace(self._position, texts=texts)
+        return found
+
+    def _stored_position(self) -> str:
+        return msgspec.json.encode(self._position).decode()
 
 
 class Topic:
@@ -246,7 +280,7 @@ class Topic:
                         rows.append((delivery.topic, {VALUE: value}))
                         self._note(delivery.topic, now_ms)
                     except BadExamples as error:
-                        errors.append(f"{delivery.topic[:100]}: {error}")
+                        errors.append(f"{delivery.topic[:100]!r}: {error}")
                 case Disconnected(reason=reason):
                     errors.append(f"no connection to the local broker: {reason}; trying again")
                 case None:
@@ -304,8 +338,18 @@ class _Due:
         return True
 
 
+def _csv_line(line: str, place: str) -> list[str]:
+    try:
+        return next(csv.reader([line], strict=True))
+    except csv.Error as error:
+        raise BadExamples(f"{place}: {error}") from error
+
+
 def _real(value: object) -> object:
     """Return whole numbers, also in lists, as real ones, everything else as it is."""
     if isinstance(value, list):
         return [_real(each) for each in value]
-    return float(value) if isinstance(value, int) else value
+    try:
+        return float(value) if isinstance(value, int) else value
+    except OverflowError:
+        return value  # The store says that it is too large.

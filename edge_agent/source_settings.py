@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from sottovoce.errors import ConfigError
+from sottovoce.errors import ConfigError, LocalProtocolError
+from sottovoce.wire.topics import check_filter
 
 SourceKind: TypeAlias = Literal["thermal", "termux-battery", "command", "file", "mqtt"]
 _THERMAL_ZONE = "/sys/class/thermal/thermal_zone0/temp"
@@ -55,6 +56,8 @@ class SourceConfig:
         for key, kinds in _ONLY_FOR.items():
             if getattr(self, key) and self.kind not in kinds:
                 raise ConfigError(f'source: the key {key} has no meaning for kind = "{self.kind}"; remove it')
+        if self.topic:
+            _check_topic(self.topic)
         for holds, text in (
             (0 <= self.every_s < float("inf"), "every_s must be 0 or more seconds"),
             (self.every_s > 0 or self.kind in ("mqtt", "file"), f'every_s must be above 0 for kind = "{self.kind}"'),
@@ -80,6 +83,15 @@ class SourceConfig:
     def number_file(self) -> tuple[str, float]:
         """The file that holds one number, and what the number is multiplied by (the kernel counts millidegrees)."""
         return self.path or _THERMAL_ZONE, 0.001 * self.scale
+
+
+def _check_topic(topic: str) -> None:
+    try:
+        check_filter(topic)
+    except LocalProtocolError as error:
+        raise ConfigError(
+            f"source: topic = {topic!r} is no topic filter: + stands for one whole level, # for the whole rest"
+        ) from error
 
 
 _NEEDED: Mapping[SourceKind, str] = {

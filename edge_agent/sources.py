@@ -1,7 +1,9 @@
 """Fills collections from their sources: asked by the agent's loop, it carries what is new into the example store.
 
-A source that fails is asked again at its next time; what is wrong is logged once, until it changes. Lines of a file and
-the position behind them are stored in one transaction, so that none is lost or counted twice by a crash.
+A source that fails is asked again at its next time; what is wrong is logged once, and again when it has changed, or has
+been well in between, at most every ten minutes: a topic where every other message is no number must not fill the log.
+Lines of a file and the position behind them are stored in one transaction, so that none is lost or counted twice by a
+crash.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from sottovoce.errors import BadExamples
 from sottovoce.transport.base import Transport
 
 _RETAIN_EVERY_MS = 60_000
+_SAY_EVERY_MS = 600_000
 
 log = logging.getLogger("edge-agent")
 
@@ -56,7 +59,8 @@ class Sources:
             )
             for collection, config in configs.items()
         }
-        self._said: dict[str, str] = {}
+        self._said: dict[str, tuple[str, int]] = {}
+        self._well: set[str] = set()
         self._retained_ms: dict[str, int] = {}
         self.added: Counter[str] = Counter()
         self.dropped: Counter[str] = Counter()
@@ -75,10 +79,10 @@ class Sources:
             try:
                 batch = reader.read(now_ms)
             except BadExamples as error:
-                self._say(collection, str(error))
+                self._say(collection, str(error), now_ms)
                 continue
             if batch.rows or batch.errors or batch.position is not None:
-                self._keep(collection, batch, now_s)
+                self._keep(collection, batch, now_ms=now_ms, now_s=now_s)
             if now_ms - self._retained_ms.get(collection, 0) >= _RETAIN_EVERY_MS:
                 self._retained_ms[collection] = now_ms
                 self._retain(collection)
@@ -88,17 +92,19 @@ class Sources:
         for reader in self._readers.values():
             reader.close()
 
-    def _keep(self, collection: str, batch: Batch, now_s: float) -> None:
+    def _keep(self, collection: str, batch: Batch, *, now_ms: int, now_s: float) -> None:
         appended = self._store.append(collection, batch.rows, now_s=now_s, position=batch.position)
         errors = [*batch.errors, *appended.errors]
         self.added[collection] += appended.added
         self.dropped[collection] += len(errors)
         if errors:
-            self._say(collection, errors[0])
+            self._say(collection, errors[0], now_ms)
         elif appended.added:
-            self._said.pop(collection, None)
+            self._well.add(collection)
 
-    def _say(self, collection: str, text: str) -> None:
-        if self._said.get(collection) != text:
-            self._said[collection] = text
+    def _say(self, collection: str, text: str, now_ms: int) -> None:
+        before, said_ms = self._said.get(collection, ("", now_ms - _SAY_EVERY_MS))
+        if now_ms - said_ms >= _SAY_EVERY_MS and (text != before or collection in self._well):
+            self._said[collection] = text, now_ms
+            self._well.discard(collection)
             log.warning("source of %s: %s", collection, text)

@@ -18,6 +18,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from edge_agent.examples import ExampleStore
 from edge_agent.extraction import messages_of
 from edge_agent.published import Published
@@ -28,6 +30,7 @@ from sottovoce.text import bigrams, words
 EXTRACTOR = "text.bigrams/1"
 PRIOR = 5.0
 """Own uses of a word that the fleet's whole table weighs as much as: after a handful the owner's habit leads."""
+_LARGEST_COUNT = 2**53
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,13 +117,13 @@ def suggest(published: Published, word: str, own: Counter[tuple[str, ...]], *, l
 
 
 def _successors(published: Published, word: str) -> dict[str, int]:
-    """Return what follows `word` in the published table, with its counts."""
+    """Return what follows `word` in the published table, with its counts; an entry that can be no count is left out."""
     aggregation, (first, second) = _table_of(published), _extraction(published).vocabularies
     if aggregation is None or word not in first:
         return {}
     start = first.index(word) * len(second)
     row = published.sums[aggregation.name].reshape(-1)[start : start + len(second)]
-    return {second[index]: int(row[index]) for index in row.nonzero()[0]}
+    return {second[index]: int(row[index]) for index in np.flatnonzero((row >= 1) & (row < _LARGEST_COUNT))}
 
 
 def _extraction(published: Published) -> Extraction:

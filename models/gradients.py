@@ -15,6 +15,7 @@ from typing import TypeAlias
 
 import tensorflow as tf
 
+import models.convolutions
 import models.gradients_elementwise
 import models.gradients_shapes
 import models.gradients_substitutes

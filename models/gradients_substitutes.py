@@ -12,8 +12,7 @@ from models.ops import Tensor
 
 _SELU_ALPHA, _SELU_SCALE = 1.6732632423543772, 1.0507009873554805
 _TWO_OVER_ROOT_PI = 1.1283791670955126
-# Abramowitz and Stegun's series for small |x| is Taylor's; for the rest, the rational form W. J. Cody's fit is known by
-# (Numerical Recipes, erfc Chebyshev): relative error 1.2e-7 everywhere.
+# Press et al., Numerical Recipes, section 6.2 (erfcc): a Chebyshev fit with a relative error below 1.2e-7 everywhere.
 _ERFC = (
     -1.26551223,
     1.00002368,

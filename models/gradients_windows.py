@@ -167,14 +167,19 @@ def _conv2d(op: Operation, dy: Tensor) -> tuple[Tensor, Tensor]:
 
 def _reversed(kernel: Tensor, dy: Tensor, windows: _Windows) -> Tensor:
     """Return the input's gradient at stride 1: a convolution of dy with the kernel turned around."""
+    # One axis at a time: tflite-runtime 2.14 is silently wrong with two.
+    turned = tf.transpose(tf.reverse(tf.reverse(kernel, [0]), [1]), [0, 1, 3, 2])
+    dilations = [windows.height.dilation, windows.width.dilation]
+    return tf.nn.conv2d(tf.pad(dy, _reach_back(windows)), turned, 1, "VALID", dilations=dilations)
+
+
+def _reach_back(windows: _Windows) -> list[list[int]]:
+    """Return how dy is padded so that every input gets what all windows over it have, at stride 1."""
     margins = [[0, 0]]
     for axis in (windows.height, windows.width):
         reach = (axis.window - 1) * axis.dilation
         margins.append([reach - axis.before, axis.length - axis.outputs + axis.before])
-    # One axis at a time: tflite-runtime 2.14 is silently wrong with two.
-    turned = tf.transpose(tf.reverse(tf.reverse(kernel, [0]), [1]), [0, 1, 3, 2])
-    dilations = [windows.height.dilation, windows.width.dilation]
-    return tf.nn.conv2d(tf.pad(dy, [*margins, [0, 0]]), turned, 1, "VALID", dilations=dilations)
+    return [*margins, [0, 0]]
 
 
 def _transposed(op: Operation, x: Tensor, kernel: Tensor, dy: Tensor) -> Tensor:
@@ -201,18 +206,17 @@ def _depthwise(op: Operation, dy: Tensor) -> tuple[Tensor, Tensor]:
     x, kernel = op.inputs
     windows = _windows(op, x, op.outputs[0], (kernel.shape[0], kernel.shape[1]))
     channels, multiplier = kernel.shape[2], kernel.shape[3]
-    padded, each = _padded(x, windows), channels * multiplier
-    flat_dy = tf.reshape(dy, [-1, channels, multiplier])
-    slopes, back = [], []
-    for tap in windows.taps():
-        cut = tf.reshape(_cut(padded, windows, tap), [-1, channels, 1])
-        slopes.append(tf.reduce_sum(cut * flat_dy, axis=0))
-        weighted = tf.reshape(dy * tf.reshape(kernel[tap[0], tap[1]], [1, 1, 1, each]), [-1, channels, multiplier])
-        piece = tf.reshape(
-            tf.reduce_sum(weighted, axis=2), [-1, windows.height.outputs, windows.width.outputs, channels]
-        )
-        back.append(piece)
-    return _all_back(back, windows), tf.reshape(tf.stack(slopes), kernel.shape)
+    padded, rows = _padded(x, windows), tf.reshape(dy, [-1, channels, multiplier])
+    cuts = [tf.reshape(_cut(padded, windows, tap), [-1, channels, 1]) for tap in windows.taps()]
+    dw = tf.reshape(tf.stack([tf.reduce_sum(cut * rows, axis=0) for cut in cuts]), kernel.shape)
+    if multiplier == windows.height.stride == windows.width.stride == 1:
+        turned = tf.reverse(tf.reverse(kernel, [0]), [1])
+        dilations = [windows.height.dilation, windows.width.dilation]
+        grown = tf.pad(dy, _reach_back(windows))
+        return tf.nn.depthwise_conv2d(grown, turned, [1, 1, 1, 1], "VALID", dilations=dilations), dw
+    shape = [-1, windows.height.outputs, windows.width.outputs, channels]
+    weighted = [rows * kernel[i, j] for i, j in windows.taps()]
+    return _all_back([tf.reshape(tf.reduce_sum(part, axis=2), shape) for part in weighted], windows), dw
 
 
 @gradient_of("MaxPool")

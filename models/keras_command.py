@@ -7,7 +7,8 @@ import importlib.util
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -80,38 +81,72 @@ def lint_report(name: str) -> list[str]:
     return table(lint(load(name)))
 
 
-def export_report(name: str, out: Path, *, loss: str | None, optimizer: str | None, batch_size: int) -> list[str]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """What the author asks for beside the model; None takes what the model was compiled with.
+
+    Attributes:
+        loss: Keras' name of it.
+        optimizer: Keras' name of it.
+        metrics: Keras' names of them.
+        int8: See `models.keras_export.export`.
+        batch_size: For the time and the memory of a step.
+    """
+
+    loss: str | None = None
+    optimizer: str | None = None
+    metrics: Sequence[str] | None = None
+    int8: bool = False
+    batch_size: int = 10
+
+
+def export_report(name: str, out: Path, choice: Choice) -> list[str]:
     """Write the bundle of the model that `name` means to `out`; return what is worth saying about it.
 
     Args:
         name: See `load`.
         out: A `.svp` file.
-        loss: Keras' name of the loss; None takes the one that the model was compiled with.
-        optimizer: Likewise.
-        batch_size: For the time and the memory of a step.
+        choice: What else was asked for.
 
     Raises:
-        ConfigError: See `load`; or no loss was given.
+        ConfigError: See `load`; or there is no loss, the batch size is not positive, or `out` cannot be written.
         CannotTrain: The text names the layer and the cure.
         SelfTestFailed: The runtime's results are not those of Keras.
     """
+    if choice.batch_size < 1:
+        raise ConfigError(f"--batch-size {choice.batch_size}: a batch has at least one example")
+    if not out.parent.is_dir():
+        raise ConfigError(f"there is no folder {out.parent}")
     model = load(name)
-    chosen = loss or getattr(model, "loss", None)
-    if chosen is None:
-        raise ConfigError("the model was not compiled: name its loss, as in --loss sparse_categorical_crossentropy")
-    by = optimizer or getattr(model, "optimizer", None) or "sgd"
-    training = training_of(model, loss=chosen, optimizer=by)
-    bundle = export(model, loss=chosen, optimizer=by, path=out)
+    settings = _settings(model, choice)
+    training = training_of(model, **settings)
+    bundle = export(model, **settings, path=out)
     parameters = sum(value.size for name, value in training.initial().items() if name in training.learned)
     frozen = model.count_params() - parameters
-    step = peak_bytes(training, batch_size)
+    peak, size = peak_bytes(training, choice.batch_size), choice.batch_size
     return [
         f"{out}: {out.stat().st_size} bytes, of which {len(bundle.initial)} are the first weights",
         f"parameters     {parameters} learned, {frozen} frozen or not sent",
-        f"peak memory    about {step / _MEGABYTE:.1f} MB for a step of {batch_size}, beside the runtime's own",
-        f"time           {step_ms(bundle, batch_size):.2f} ms for a step of {batch_size} on {runtime_name()}",
+        f"peak memory    about {peak / _MEGABYTE:.1f} MB for a step of {size}, beside the runtime's own",
+        f"time           {step_ms(bundle, size):.2f} ms for a step of {size} on {runtime_name()}",
         f"self-test      {len(bundle.self_test.batches)} steps agree with Keras to {bundle.self_test.tolerance:g}",
     ]
+
+
+def _settings(model: Any, choice: Choice) -> dict[str, Any]:
+    """Return how `model` is trained: what `choice` says, else what the model was compiled with."""
+    loss = choice.loss or getattr(model, "loss", None)
+    if loss is None:
+        raise ConfigError("the model was not compiled: name its loss, as in --loss sparse_categorical_crossentropy")
+    # Keras keeps what `compile` was given, but has no public name for it.
+    compiled = getattr(model, "_compile_metrics", None), getattr(model, "_compile_loss", None)
+    return {
+        "loss": loss,
+        "optimizer": choice.optimizer or getattr(model, "optimizer", None) or "sgd",
+        "metrics": getattr(compiled[0], "_user_metrics", None) if choice.metrics is None else list(choice.metrics),
+        "loss_weights": None if choice.loss else getattr(compiled[1], "_user_loss_weights", None),
+        "int8": choice.int8,
+    }
 
 
 def step_ms(bundle: Bundle, batch_size: int) -> float:

@@ -37,6 +37,8 @@ def export(
     *,
     loss: Any,
     optimizer: Any = "sgd",
+    metrics: Any = None,
+    loss_weights: Any = None,
     batch_spec: Mapping[str, str] | None = None,
     path: Path | None = None,
     name: str = "",
@@ -47,14 +49,17 @@ def export(
     """Return the bundle of a Keras model with all five roles, and write it to `path` if there is one.
 
     Broadcast: every trained weight and moving statistic, `learning_rate` float32[1]. Result: `delta`. Metrics: `loss`
-    and, for classes, `correct`, summed over the batch; `evaluate` also counts `examples`. Layers that are not trainable
+    and what `metrics` says, summed over the batch; `evaluate` also counts `examples`. Layers that are not trainable
     are constants of the program: they are never sent, and not part of the update. Moving statistics of
     BatchNormalization are part of it, averaged as weights are.
 
     Args:
         model: Built, with float32 weights; it is not changed.
-        loss: As in `model.compile`: name or object, for several outputs a list in their order.
+        loss: As in `model.compile`: name or object, for several outputs a list in their order or a dict by their names.
         optimizer: As in `model.compile`: SGD (momentum, nesterov) or Adam, weight_decay, global_clipnorm.
+        metrics: As in `model.compile`, accuracy (`correct`), mean_absolute_error (`absolute_error`) and
+            mean_squared_error (`squared_error`); None counts `correct` for every output whose labels are classes.
+        loss_weights: As in `model.compile`.
         batch_spec: Types of the features, in the model's order, as `{"x": "float32[?,28,28,1]"}`; None asks the model.
         path: Where the bundle goes.
         name: Of the bundle; None takes the model's.
@@ -66,7 +71,16 @@ def export(
         CannotTrain: The text names the layer and the cure.
         SelfTestFailed: The runtime's results are not those of Keras.
     """
-    training = training_of(model, loss=loss, optimizer=optimizer, batch_spec=batch_spec, proximal=proximal, int8=int8)
+    training = training_of(
+        model,
+        loss=loss,
+        optimizer=optimizer,
+        metrics=metrics,
+        loss_weights=loss_weights,
+        batch_spec=batch_spec,
+        proximal=proximal,
+        int8=int8,
+    )
     source = source_of(training, name or model.name, description)
     try:
         bundle = export_program(source, quickly=True)
@@ -112,11 +126,22 @@ def source_of(training: Training, name: str, description: str) -> ProgramSource:
         predictions=training.outputs,
         sums=scalar_ports(*metrics, "examples"),
         initial=initial,
-        test_broadcast={},
+        test_broadcast=_test_biases(training, initial, name),
         test_batches=batches,
         reference=lambda broadcast, given: reference_of(training, broadcast, given),
         tolerance=_TOLERANCE,
     )
+
+
+def _test_biases(training: Training, initial: Mapping[str, Array], name: str) -> dict[str, Array]:
+    """Return values for biases that are still zero, so that the self-test sees them and no two classes score alike.
+
+    A deep backbone with random weights gives every class the same score but for rounding; which one is counted as
+    `correct` would then be chance.
+    """
+    random = np.random.default_rng(seed_of(f"biases of {name}"))
+    fresh = [each for each in training.traced.trained if initial[each].ndim == 1 and not initial[each].any()]
+    return {each: random.normal(0.0, 0.1, initial[each].shape).astype(np.float32) for each in fresh}
 
 
 def random_batches(ports: Sequence[Port], name: str, sizes: Sequence[int] = BATCH_SIZES) -> list[dict[str, Array]]:

@@ -1,4 +1,4 @@
-"""Keras' losses in TFLite built-ins: the loss of every example, whether it was right, and the label's port.
+"""Keras' losses in TFLite built-ins: the loss of every example, and the label's port.
 
 A `Loss` reads what a Keras loss object says of itself (`from_logits`, `label_smoothing`, `delta`). As Keras does, a
 softmax or sigmoid at the end of the model is undone: the loss starts from the logits.
@@ -32,6 +32,7 @@ class Loss:
         from_logits: The output is not yet probabilities.
         smoothing: Share of a label that is spread over all classes.
         delta: Where Huber's loss becomes linear.
+        weight: Of this output among several.
     """
 
     kind: str
@@ -39,6 +40,7 @@ class Loss:
     from_logits: bool = False
     smoothing: float = 0.0
     delta: float = 1.0
+    weight: float = 1.0
 
     @property
     def is_sparse(self) -> bool:
@@ -53,7 +55,7 @@ class Loss:
         return Port(name=name, type=f"int32[{','.join(lengths[:-1])}]", low=0, high=int(output.shape[-1]) - 1)
 
     def per_example(self, output: Tensor, labels: Tensor) -> Tensor:
-        """Return float32 [b]: the mean over everything but the batch.
+        """Return float32 [b]: the mean over everything but the batch, times the output's weight.
 
         Args:
             output: The model's output in the replayed graph.
@@ -63,31 +65,28 @@ class Loss:
         is_logits = self.from_logits
         if not is_logits and source.op.type in ("Softmax", "Sigmoid") and "crossentropy" in self.kind:
             output, is_logits = source.op.inputs[0], True
-        losses = LOSSES[self.kind](self, output, labels, is_logits)
-        return tf.reduce_mean(losses, axis=list(range(1, losses.shape.rank))) if losses.shape.rank > 1 else losses
-
-    def correct(self, output: Tensor, labels: Tensor) -> Tensor | None:
-        """Return float32 [b], the share of an example's labels that are right; None for a regression."""
-        if self.is_sparse:
-            hits = tf.equal(tf.argmax(output, axis=-1, output_type=tf.int32), labels)
-        elif self.kind == "categorical_crossentropy":
-            best = [tf.argmax(tensor, axis=-1, output_type=tf.int32) for tensor in (output, labels)]
-            hits = tf.equal(best[0], best[1])
-        elif self.kind == "binary_crossentropy":
-            hits = tf.equal(output > (0.0 if self.from_logits else 0.5), labels > 0.5)
-        else:
-            return None
-        share = tf.cast(hits, tf.float32)
-        return tf.reduce_mean(share, axis=list(range(1, share.shape.rank))) if share.shape.rank > 1 else share
+        return self.weight * mean_per_example(LOSSES[self.kind](self, output, labels, is_logits))
 
 
-def loss_of(identifier: Any) -> Loss:
+def mean_per_example(entries: Tensor) -> Tensor:
+    """Return float32 [b]: the mean of each example's entries."""
+    return tf.reduce_mean(entries, axis=list(range(1, entries.shape.rank))) if entries.shape.rank > 1 else entries
+
+
+def loss_of(identifier: Any, weight: float = 1.0) -> Loss:
     """Return what a Keras loss (a name, an object or a function of keras.losses) means.
+
+    Args:
+        identifier: As in `model.compile`, of one output.
+        weight: Of this output among several.
 
     Raises:
         CannotTrain: It is not one of LOSSES.
     """
-    found = keras.losses.get(identifier)
+    try:
+        found = keras.losses.get(identifier)
+    except (ValueError, TypeError) as error:
+        raise CannotTrain(f"the loss {identifier!r} is not among {', '.join(LOSSES)}; use one of them") from error
     kind = str(getattr(found, "name", None) or getattr(found, "__name__", found))
     kind = "huber" if kind == "huber_loss" else kind
     if kind not in LOSSES:
@@ -111,6 +110,7 @@ def loss_of(identifier: Any) -> Loss:
         from_logits=bool(settings.get("from_logits", False)),
         smoothing=float(settings.get("label_smoothing", 0.0)),
         delta=float(settings.get("delta", 1.0)),
+        weight=weight,
     )
 
 

@@ -109,7 +109,10 @@ def optimizer_of(identifier: Any) -> ClientOptimizer:
     Raises:
         CannotTrain: It is neither SGD nor Adam, or has a setting that devices do not follow.
     """
-    found = keras.optimizers.get(identifier)
+    try:
+        found = keras.optimizers.get(identifier)
+    except (ValueError, TypeError) as error:
+        raise CannotTrain(f"there is no optimizer {identifier!r}; use keras.optimizers.SGD or Adam") from error
     settings = found.get_config()
     kind = type(found).__name__
     if kind not in ("SGD", "Adam", "AdamW"):

@@ -112,15 +112,11 @@ def _recorded(training: Training) -> Callable[[Arrays, int], Slopes]:
 
 def _loss(training: Training, outputs: Sequence[Tensor], batch: Mapping[str, Any]) -> Tensor:
     triples = zip(training.losses, outputs, training.labels, strict=True)
-    return tf.add_n([loss.keras(batch[port.name], output) for loss, output, port in triples])
+    return tf.add_n([loss.weight * loss.keras(batch[port.name], output) for loss, output, port in triples])
 
 
 def _counted(training: Training, outputs: Sequence[Array], batch: Arrays, loss: float) -> dict[str, float]:
     """Return the metrics of one batch, summed over it."""
-    hits = []
-    for each, output, port in zip(training.losses, outputs, training.labels, strict=True):
-        right = each.correct(tf.constant(output), batch[port.name])
-        if right is not None:
-            hits.append(float(tf.reduce_sum(right)))
+    found = training.sums([tf.constant(output) for output in outputs], batch)
     size = len(next(iter(batch.values())))
-    return dict(zip(training.metrics, [loss * size, *hits], strict=True))
+    return dict(zip(training.metrics, [loss * size, *(float(total[0]) for total in found)], strict=True))

@@ -61,6 +61,21 @@ class Traced:
     graphs: Mapping[bool, _Graph]
 
     @property
+    def returns_dict(self) -> bool:
+        """Whether the model's outputs are a dict."""
+        return isinstance(self.graphs[False].returned, dict)
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """What Keras calls each output, in the order of `Pass.outputs`: a dict's key, a layer's name, or a number."""
+        graph = self.graphs[False]
+        if isinstance(graph.returned, dict):
+            return tuple(sorted(graph.returned))
+        names = getattr(self.model, "output_names", None) or ()
+        distinct = len(set(names)) == len(graph.outputs)
+        return tuple(names) if distinct else tuple(str(i) for i in range(len(graph.outputs)))
+
+    @property
     def is_random(self) -> bool:
         """Whether training draws random numbers, as Dropout does."""
         return any(op.type in RANDOM for op in self.graphs[True].whole.get_operations())
@@ -95,10 +110,11 @@ class Traced:
 
 @dataclass(frozen=True, slots=True)
 class _Graph:
-    """What one trace found: tensors of its graph, and values of what it reads from outside."""
+    """What one trace found: tensors of its graph, the structure they are returned in, what it reads from outside."""
 
     inputs: Mapping[str, str]
     constants: Mapping[str, Any]
+    returned: Any
     outputs: Sequence[Tensor]
     statistics: Mapping[str, Tensor]
     penalty: Tensor | None
@@ -213,7 +229,8 @@ def _traced(model: Any, features: Sequence[Port], names: Mapping[int, str], trai
             statistics[names[id(variable)]] = tensor
     values = {inputs[names[id(v)]]: v.numpy() for v in others}
     captured = {inside.name: outside.numpy() for outside, inside in graph.captures if outside.dtype != tf.resource}
-    return _Graph(inputs, {**values, **captured}, tf.nest.flatten(outputs), statistics, _added(graph, losses), graph)
+    flat = tf.nest.flatten(outputs)
+    return _Graph(inputs, {**values, **captured}, outputs, flat, statistics, _added(graph, losses), graph)
 
 
 def source_of(tensor: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ for FedProx the weights that were broadcast.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from models.export import DELTA, LOCAL, Arrays, Function, Tensors, port_of, scal
 from models.gradients import CannotTrain, built_in_gradients, slopes
 from models.keras_dropout import uniform_of
 from models.keras_losses import Loss, loss_of
+from models.keras_metrics import Metric, metrics_of
 from models.keras_optimizers import ClientOptimizer, optimizer_of
 from models.keras_tracing import Pass, Traced, features_of, port_type, trace
 from models.lint import refuse
@@ -36,6 +38,7 @@ class Training:
     Attributes:
         traced: The model as a function.
         losses: One for each output.
+        measured: The metrics of each output.
         labels: The port of each output's labels.
         outputs: The port of each output.
         optimizer: The client optimizer.
@@ -44,6 +47,7 @@ class Training:
 
     traced: Traced
     losses: tuple[Loss, ...]
+    measured: tuple[tuple[Metric, ...], ...]
     labels: tuple[Port, ...]
     outputs: tuple[Port, ...]
     optimizer: ClientOptimizer
@@ -56,12 +60,17 @@ class Training:
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """`loss`, and `correct` for every output whose labels are classes."""
-        kinds = [loss.kind for loss in self.losses]
-        single = len(kinds) == 1
-        pairs = zip(kinds, self.outputs, strict=True)
-        right = ["correct" if single else f"correct_{port.name}" for kind, port in pairs if "crossentropy" in kind]
-        return ("loss", *right)
+        """`loss`, and the name of every metric; of several outputs, followed by the output's."""
+        single = len(self.outputs) == 1
+        pairs = [
+            (each.name, port.name) for port, found in zip(self.outputs, self.measured, strict=True) for each in found
+        ]
+        return ("loss", *(name if single else f"{name}_{output}" for name, output in pairs))
+
+    def sums(self, outputs: Sequence[Tensor], batch: Tensors) -> list[Tensor]:
+        """Return every metric but `loss`, summed over a batch: float32 [1], in the order of `metrics`."""
+        triples = zip(self.measured, outputs, self.labels, strict=True)
+        return [_sum(each.measure(out, batch[port.name])) for found, out, port in triples for each in found]
 
     def initial(self) -> dict[str, Array]:
         """Return the first value of every broadcast port: the model's weights as they are, and the learning rate."""
@@ -75,6 +84,8 @@ def training_of(
     *,
     loss: Any,
     optimizer: Any,
+    metrics: Any = None,
+    loss_weights: Any = None,
     batch_spec: Mapping[str, str] | None = None,
     proximal: float = 0.0,
     int8: bool = False,
@@ -88,21 +99,59 @@ def training_of(
     traced = trace(model, features, int8=int8)
     refuse(traced)
     outputs = traced.graphs[False].outputs
-    identifiers = list(loss) if isinstance(loss, (list, tuple)) else [loss] * len(outputs)
-    if len(identifiers) != len(outputs):
-        raise CannotTrain(f"the model has {len(outputs)} outputs and {len(identifiers)} losses; give one for each")
-    losses = tuple(map(loss_of, identifiers))
-    single = len(outputs) == 1
-    names = ["prediction"] if single else [f"prediction_{i}" for i in range(len(outputs))]
-    labels = ["y"] if single else [f"y_{i}" for i in range(len(outputs))]
+    identifiers = per_output(loss, traced.output_names, "losses")
+    weights = per_output(1.0 if loss_weights is None else loss_weights, traced.output_names, "loss weights")
+    losses = tuple(loss_of(each, float(weight)) for each, weight in zip(identifiers, weights, strict=True))
+    wanted = _metrics_per_output(metrics, traced.output_names)
+    names, labels = _port_names(traced)
     return Training(
         traced=traced,
         losses=losses,
+        measured=tuple(metrics_of(each, one) for each, one in zip(wanted, losses, strict=True)),
         labels=tuple(each.label(label, out) for each, label, out in zip(losses, labels, outputs, strict=True)),
         outputs=tuple(Port(name=n, type=port_type(out)) for n, out in zip(names, outputs, strict=True)),
         optimizer=optimizer_of(optimizer),
         proximal=proximal,
     )
+
+
+def per_output(given: Any, names: Sequence[str], what: str) -> list[Any]:
+    """Return one of `given` for each output: it is one for all, a list in their order, or a dict by their names.
+
+    Raises:
+        CannotTrain: There are too many or too few, or a name is none of an output.
+    """
+    if isinstance(given, Mapping):
+        unknown, missing = sorted(given.keys() - {*names}), sorted({*names} - given.keys())
+        if unknown or missing:
+            told = f"name {unknown[0]!r}, which is no output" if unknown else f"do not name the output {missing[0]!r}"
+            raise CannotTrain(f"the {what} {told}; the outputs are {', '.join(names)}")
+        return [given[name] for name in names]
+    found = list(given) if isinstance(given, (list, tuple)) else [given] * len(names)
+    if len(found) != len(names):
+        cure = f"give one for each of {', '.join(names)}"
+        raise CannotTrain(f"the model has {len(names)} outputs and {len(found)} {what}; {cure}")
+    return found
+
+
+def _metrics_per_output(metrics: Any, names: Sequence[str]) -> list[list[Any] | None]:
+    """Return the metrics of each output: a list holds those of the only output, or one entry for each of several."""
+    if metrics is None:
+        return [None] * len(names)
+    if isinstance(metrics, Mapping):
+        metrics = {**dict.fromkeys(names, ()), **metrics}
+    elif len(names) == 1:
+        return [tf.nest.flatten(metrics)]
+    return [[] if each is None else tf.nest.flatten(each) for each in per_output(metrics, names, "lists of metrics")]
+
+
+def _port_names(traced: Traced) -> tuple[list[str], list[str]]:
+    """Return the names of the ports of outputs and of labels: a dict's keys, else numbers, nothing for only one."""
+    names = traced.output_names
+    if len(names) == 1:
+        return ["prediction"], ["y"]
+    ends = [re.sub(r"\W", "_", name) for name in names] if traced.returns_dict else [str(i) for i in range(len(names))]
+    return [f"prediction_{end}" for end in ends], [f"y_{end}" for end in ends]
 
 
 # --- The five roles.
@@ -182,12 +231,11 @@ def forward(
 
 
 def _scores(training: Training, found: Pass, batch: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the loss of each example over all outputs, and the metrics, summed over the batch."""
+    """Return the loss of each example over all outputs, and the metrics, summed over a batch."""
     triples = list(zip(training.losses, found.outputs, training.labels, strict=True))
     losses = tf.add_n([loss.per_example(output, batch[port.name]) for loss, output, port in triples])
-    hits = [loss.correct(output, batch[port.name]) for loss, output, port in triples]
-    sums = [losses, *(hit for hit in hits if hit is not None)]
-    return losses, {name: _sum(values) for name, values in zip(training.metrics, sums, strict=True)}
+    sums = [_sum(losses), *training.sums(found.outputs, batch)]
+    return losses, dict(zip(training.metrics, sums, strict=True))
 
 
 def _sum(values: Tensor) -> Tensor:

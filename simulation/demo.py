@@ -354,7 +354,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, help="how many rounds (digits: 15, har: 20)")
     parser.add_argument("--seed", type=int, default=1, help="of the division among the devices (default: 1)")
     parser.add_argument(
-        "--data-file", type=Path, help="har: the .npz with the movements; temperature: a CSV; words: JSON lines"
+        "--data-file",
+        type=Path,
+        help='har: the .npz with the movements; temperature: a CSV; words: JSON lines, {"sender": ..., "text": ...}',
     )
     parser.add_argument("--report", type=Path, help="write everything measured as JSON to this file")
     parser.add_argument("--plot", type=Path, help="where the plot goes (default: demo-KIND.png)")

@@ -29,14 +29,15 @@ class GuardedFolder:
         path: The folder; removed on exit.
     """
 
-    def __init__(self, prefix: str) -> None:
-        """Prepare a folder whose name starts with `prefix`; it is made on entering."""
+    def __init__(self, prefix: str, *, within: Path | None = None) -> None:
+        """Prepare a folder whose name starts with `prefix`, `within` another or the system's own; entering makes it."""
         self._prefix = prefix
+        self._within = within
         self._children: dict[int, subprocess.Popen[bytes]] = {}
 
     def __enter__(self) -> Self:
         """Make the folder and start its guard."""
-        self.path = Path(tempfile.mkdtemp(prefix=self._prefix))
+        self.path = Path(tempfile.mkdtemp(prefix=self._prefix, dir=self._within))
         (self.path / "pids").mkdir()
         self._guard = subprocess.Popen(
             ["/bin/sh", "-c", _GUARD, "guard", str(self.path)], stdin=subprocess.PIPE, start_new_session=True

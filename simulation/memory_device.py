@@ -28,6 +28,8 @@ POLICY = Policy(
     # The same question asked again and again is what a simulation is for; on a real device it is what leaks.
     max_releases_per_state=2**31 - 1,
     max_client_state_bytes=1 << 30,
+    minimum_threshold=0,
+    discovery=True,
 )
 """What the owners of simulated devices allow: everything that three devices can do."""
 _BROKER = BrokerConfig(host="127.0.0.1", tls=False)

@@ -14,9 +14,8 @@ Faults are made on demand, at a stage of a round: `kill` (the process is gone, i
 from __future__ import annotations
 
 import contextlib
+import gc
 import random
-import shutil
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,6 +26,7 @@ import msgspec
 
 from simulation.device_examples import DeviceExamples, columns_of, temperatures
 from simulation.fleet_terms import STAGE_OF_EVENT, Fault, FleetTerms, Mode, Stage, check_fleet
+from simulation.guarded import GuardedFolder
 from simulation.memory_coordinator import MemoryCoordinator
 from simulation.memory_device import Enrolment, MemoryDevice, SimulatedClock
 from sottovoce.errors import ConfigError, RoundAbandoned
@@ -43,6 +43,8 @@ ARGUMENTS = "arguments"
 _ATTEMPT_MS = 3600 * 1000
 """On the clock of the simulation; an attempt whose every deadline passes takes a sixth of it."""
 _SHORTEST_STEP_MS, _LONGEST_STEP_MS = 10, 5000
+_LARGE_STATE_BYTES = 256 * 1024
+"""Asleep, an agent keeps its opened program, ten times the state. From this size on it is stopped, for 10 ms."""
 _MEMORY_DISK = Path("/dev/shm")  # noqa: S108  homes on it cost no disk access; each is in a folder of mode 0700
 
 
@@ -122,7 +124,8 @@ class MemoryFleet:
         self._seen_events = 0
         self._idle_steps = 0
         on = _MEMORY_DISK if _MEMORY_DISK.is_dir() else None
-        self._folder = Path(tempfile.mkdtemp(prefix="sottovoce-fleet-", dir=on))
+        self._guarded = contextlib.ExitStack()
+        self._folder = self._guarded.enter_context(GuardedFolder("sottovoce-fleet-", within=on)).path
         self._enrolment = Enrolment(self._folder / "ca", self.clock)
         self._coordinator = MemoryCoordinator(
             self._folder,
@@ -144,7 +147,7 @@ class MemoryFleet:
         for device in self._made.values():
             device.close()
         self._coordinator.close()
-        shutil.rmtree(self._folder)
+        self._guarded.close()
 
     # --- devices ------------------------------------------------------------------------------------------------------
 
@@ -225,7 +228,7 @@ class MemoryFleet:
         chosen = self._lend(request) if request.members else self._chosen()
         if request.members:
             request = msgspec.structs.replace(request, members=(), collection=ARGUMENTS)
-        self._gather(chosen)
+        self._gather(chosen, stop_others=len(request.broadcast) >= _LARGE_STATE_BYTES)
         deadline_ms = self.clock() + _ATTEMPT_MS * self._terms.attempts
         number = self._coordinator.ask(request, self._terms.of_round(len(chosen)), deadline_ms=deadline_ms)
         try:
@@ -279,11 +282,15 @@ class MemoryFleet:
             )
         return chosen
 
-    def _gather(self, chosen: Sequence[str]) -> None:
-        """Wake those that are chosen, stop all others, and let everybody find out where things stand."""
+    def _gather(self, chosen: Sequence[str], *, stop_others: bool) -> None:
+        """Wake those that are chosen, put all others to sleep, and let everybody find out where things stand."""
         for name, device in self._made.items():
-            if name not in chosen:
+            if name not in chosen and stop_others:
                 device.stop()
+            elif name not in chosen:
+                device.sleep()
+        if stop_others:
+            gc.collect()  # An agent and its hands refer to each other, so nothing else frees what they hold.
         for name in chosen:
             self.device(name).wake()
         self._settle()

@@ -113,7 +113,9 @@ class Setting:
         return build_fed_avg(
             bundle,
             ClientOptimizer(self.rate, work=self.work),
-            terms=Terms(clip_norm=_CLIP_NORM, half_range=_HALF_RANGE, weight_cap=self.examples, bits=_BITS),
+            terms=Terms(
+                clip_norm=_CLIP_NORM, half_range=_HALF_RANGE, weight_cap=self.examples, bits=_BITS, lane="uint32"
+            ),
             metrics={"loss": Bound(0, _LARGEST_LOSS * self.examples), "correct": Bound(0, self.examples)},
         )
 
@@ -130,6 +132,8 @@ class Line(msgspec.Struct, frozen=True, kw_only=True):
         correct: Likewise the share that came right.
         seconds: From asking for the round to its sums and the new weights, without the test.
         cpu_seconds: Of this process's processor time, for everything that all devices and the coordinator do.
+        bytes_up: What a device sends in the round, on average: above all its masked vector.
+        bytes_down: What a device is sent, if all it lacks are the new weights.
     """
 
     round: int
@@ -140,6 +144,8 @@ class Line(msgspec.Struct, frozen=True, kw_only=True):
     correct: float
     seconds: float
     cpu_seconds: float
+    bytes_up: int
+    bytes_down: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,9 +218,7 @@ def first_model(folder: Path, setting: Setting) -> Bundle:
     return read_bundle(path)[0]
 
 
-def train(
-    setting: Setting, goal: Goal, *, data: DividedData, folder: Path, tell: Callable[[Line], None]
-) -> list[Line]:
+def train(setting: Setting, goal: Goal, *, data: DividedData, folder: Path, tell: Callable[[Line], None]) -> list[Line]:
     """Train until the goal is reached, going on where an earlier call was stopped; return a line for every round.
 
     Args:
@@ -293,6 +297,8 @@ def _line(
         correct=round(float(metrics.correct), 5),
         seconds=round(took[0], 3),
         cpu_seconds=round(took[1], 3),
+        bytes_up=told["committed"]["bytes_up_per_device"],
+        bytes_down=told["committed"]["bytes_down_per_device"],
     )
 
 
@@ -318,7 +324,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         setting = Setting(
             model=options.model,
-            rate=options.rate or recipe.rate,
+            rate=recipe.rate if options.rate is None else options.rate,
             devices=options.devices,
             examples=options.examples,
             cohort=options.cohort,
@@ -337,12 +343,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     folder = os.environ.get(_DATA_VARIABLE, ".")
+    where = f"mnist.npz (default: {_DATA_FILE} in the folder that {_DATA_VARIABLE} names)"
+    kept = "keeps model, state and log; goes on where it was stopped (default: runs/mnist-MODEL)"
     parser = argparse.ArgumentParser(prog="scripts/train_mnist", description=main.__doc__)
     parser.add_argument("model", choices=tuple(RECIPES))
-    parser.add_argument("--data", type=Path, default=Path(folder) / _DATA_FILE, metavar="FILE",
-                        help=f"mnist.npz (default: {_DATA_FILE} in the folder that {_DATA_VARIABLE} names)")  # fmt: skip
-    parser.add_argument("--folder", type=Path, help="keeps model, state and log; goes on where it was stopped "
-                        "(default: runs/mnist-MODEL)")  # fmt: skip
+    parser.add_argument("--data", type=Path, default=Path(folder) / _DATA_FILE, metavar="FILE", help=where)
+    parser.add_argument("--folder", type=Path, help=kept)
     parser.add_argument("--rounds", type=int, help="at most (default: 174 for 2nn, 40 for cnn)")
     parser.add_argument("--until", type=float, help="accuracy to stop at (default: 0.97 for 2nn, 0.99 for cnn)")
     parser.add_argument("--test-every", type=int, default=1, metavar="N", help="rounds from test to test (default: 1)")

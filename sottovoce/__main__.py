@@ -47,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     export.add_argument("--out", type=Path, required=True, metavar="FILE", help="the .svp file to write")
     export.add_argument("--loss", help="Keras' name of the loss, where the model was not compiled with one")
     export.add_argument("--optimizer", help="sgd or adam, where the model was not compiled with one")
+    export.add_argument("--metrics", help="accuracy, mean_absolute_error, mean_squared_error; several with commas")
+    export.add_argument("--int8", action="store_true", help="keep the large weights of frozen layers as int8")
     export.add_argument("--batch-size", type=int, default=10, help="for the time and the memory of a step (10)")
     export.set_defaults(run=_export)
     options = parser.parse_args(arguments)
@@ -116,8 +118,15 @@ def _lint(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    given = {"loss": options.loss, "optimizer": options.optimizer, "batch_size": options.batch_size}
-    print("\n".join(_keras_command().export_report(options.model, options.out, **given)))
+    command = _keras_command()
+    choice = command.Choice(
+        loss=options.loss,
+        optimizer=options.optimizer,
+        metrics=None if options.metrics is None else [name for name in options.metrics.split(",") if name],
+        int8=options.int8,
+        batch_size=options.batch_size,
+    )
+    print("\n".join(command.export_report(options.model, options.out, choice)))
 
 
 def _keras_command() -> Any:

@@ -47,6 +47,8 @@ MAX_ROWS: Final = 4
 MAX_ENTRIES: Final = 2**20
 LARGEST_FILTER: Final = 0.25
 """At most so much of every row of a filter may be heavy; one that lets everything pass would be no filter."""
+LARGEST_PASS: Final = LARGEST_FILTER**3
+"""At most so much of all words may pass a filter: what rows of these shares let pass together, their product."""
 _TABLES = 3
 
 
@@ -96,11 +98,16 @@ def _check_table(extractor: str, sketch: WordSketch) -> None:
         raise ConfigError(f"{extractor}: {sketch.cells} cells; a table has a multiple of {_TABLES}")
     if len(sketch.heavy) != -(-sketch.rows * sketch.width // 8):
         raise ConfigError(f"{extractor}: the filter must have one bit for each of {sketch.rows * sketch.width} buckets")
-    share = heavy_buckets(sketch).mean(axis=1).max()
-    if share > LARGEST_FILTER:
+    shares = heavy_buckets(sketch).mean(axis=1)
+    if shares.max() > LARGEST_FILTER:
         raise ConfigError(
-            f"{extractor}: the filter lets {share:.0%} of all buckets pass, more than {LARGEST_FILTER:.0%}, so rare "
-            "words would leave the device too: use more buckets, or ask for more frequent words"
+            f"{extractor}: the filter lets {shares.max():.0%} of all buckets pass, more than {LARGEST_FILTER:.0%}, so "
+            "rare words would leave the device too: use more buckets, or ask for more frequent words"
+        )
+    if shares.prod() > LARGEST_PASS:
+        raise ConfigError(
+            f"{extractor}: the filter lets {shares.prod():.1%} of all words pass, more than {LARGEST_PASS:.1%}, so rare "
+            "words would leave the device too: use more rows"
         )
 
 

@@ -51,7 +51,8 @@ def is_word(text: str) -> bool:
     """Say whether `text` is exactly one word in its normalised form, as a vocabulary must list it."""
     if text.isascii() and text.isalpha() and text.islower():
         return len(text) <= MAX_WORD_CHARACTERS  # The same answer, at once: a vocabulary may have thousands of words.
-    return words(text) == [(text,)]
+    # Long ones are refused unread: a vocabulary comes from others.
+    return len(text) <= MAX_WORD_CHARACTERS and words(text) == [(text,)]
 
 
 def normalised(message: str) -> str:

@@ -269,7 +269,7 @@ def type_of(description: object) -> Type:
         case Mapping():
             return StructType(tuple((str(name), type_of(part)) for name, part in description.items()))
         case [*pairs] if pairs and all(map(_is_named, pairs)):
-            return StructType(tuple(pairs))
+            return StructType(_elements_of(pairs))
         case tuple() | list():
             names = getattr(description, "_fields", (None,) * len(description))
             return StructType(tuple((n, type_of(part)) for n, part in zip(names, description, strict=True)))

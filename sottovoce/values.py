@@ -277,7 +277,10 @@ def _is_regular(bulk: Any, member: TensorType) -> bool:
 
 
 def _string(kind: TensorType, x: object, what: str) -> Any:
-    array = np.asarray(x)
+    try:
+        array = np.asarray(x)
+    except ValueError:
+        _refuse(what, kind, "lists of unequal lengths", "Give every row the same number of texts.")
     if array.dtype.kind != "U" or not _fits(kind, array.shape):
         _refuse(what, kind, _described(x), "Give text in quotes.")
     return array if kind.shape else str(x)

@@ -177,6 +177,10 @@ def encode_as(step: Step, kind: TensorType, bound: Bound, *, size: int) -> Encod
     """
     if kind.numpy_dtype.kind != "f":
         return _encode_whole(step, kind, bound, size=size)
+    if size_of(bound) > float(np.finfo(np.float32).max):
+        raise DefinitionError(
+            step.where, f"the bound {bound} is beyond what devices compute with; give what the values can really be"
+        )
     port = TensorType("float32", kind.shape or (1,))
     bits, lane = bits_and_lane(step.terms, size)
     if step.terms.clip_norm is not None:

@@ -78,6 +78,8 @@ class GenericBuiltin:
 def cast(dtype: object) -> GenericBuiltin:
     """Return the function that turns every number into `dtype`, towards zero where a fraction is lost; bool is 0 or 1.
 
+    What an integer dtype cannot hold becomes its smallest or largest value, and NaN 0.
+
     Args:
         dtype: Such as `"float32"`, or a dtype of numpy or TensorFlow.
 
@@ -117,6 +119,10 @@ def clip(low: float, high: float) -> GenericBuiltin:
         _refuse_text(kind)
         if kind.dtype == "bool":
             raise ConfigError("a truth value is 0 or 1 anyway; cast it first if you need a number")
+        if kind.numpy_dtype.kind == "f" and max(abs(bound.low), abs(bound.high)) > float(
+            np.finfo(kind.numpy_dtype).max
+        ):
+            raise ConfigError(f"a {kind.dtype} holds no such limits")
         if kind.numpy_dtype.kind in "iu":
             limits = np.iinfo(kind.numpy_dtype)
             if not (bound.low.is_integer() and bound.high.is_integer()):
@@ -162,8 +168,16 @@ def _limits(dtype: np.dtype[Any], bound: Bound) -> tuple[Any, Any]:
 
 
 def _cast(leaf: Any, kind: TensorType) -> Any:
+    """Return `leaf` in the dtype of `kind`; beyond what an integer holds its nearest end, and NaN as 0, as on ARM."""
+    dtype = kind.numpy_dtype
     with np.errstate(invalid="ignore", over="ignore"):
-        return leaf.astype(kind.numpy_dtype)
+        cast = leaf.astype(dtype)
+    if dtype.kind not in "iu" or leaf.dtype.kind != "f":
+        return cast
+    limits = np.iinfo(dtype)
+    low, high, zero = (dtype.type(end) for end in (limits.min, limits.max, 0))
+    conditions = [np.isnan(leaf), leaf >= float(limits.max), leaf <= float(limits.min)]
+    return np.select(conditions, [zero, high, low], cast).astype(dtype)[()]
 
 
 def _mapped(kind: Type, result_of: Callable[[TensorType], TensorType]) -> Type:

@@ -60,8 +60,8 @@ class Discovery:
 
     Attributes:
         words: Held by at least as many devices as asked for; the most frequent first, equal ones by the alphabet.
-        survivors: Devices in the table's sum.
-        rounds: How many were asked.
+        survivors: Devices in the last sum.
+        rounds: How many were asked; one, if no word can be so frequent.
         entries: Entries of the masked vectors, over all rounds.
     """
 
@@ -84,6 +84,8 @@ def discover_words(
 ) -> Discovery:
     """Return the words that at least `share` of the devices have in their messages: the heavy hitters among all words.
 
+    Devices take part only if their owners allow to be asked for words that nobody has listed (`policy.discovery`).
+
     Args:
         examples: Messages.
         share: 0 to 1.
@@ -102,8 +104,12 @@ def discover_words(
         raise ConfigError(f"{name}: share is above 0 and at most 1, threshold and words are at least 1")
     why = purpose or f"Words that at least {share:.0%} of all devices use and that nobody has listed."
     sketch = WordSketch(seed=_seed(seed), rows=_ROWS, width=_WIDTH, words=words)
-    heavy, entries = _ask_sketch(examples, sketch, share, threshold=threshold, column=column, name=name, purpose=why)
+    heavy, survivors, entries = _ask_sketch(
+        examples, sketch, share, threshold=threshold, column=column, name=name, purpose=why
+    )
     rounds = 1
+    if not heavy.any(axis=1).all():
+        return Discovery((), survivors, rounds, entries)  # A word of so many devices would be heavy in every row.
     for size in _table_sizes(heavy):
         table = table_of(sketch, heavy, size)
         check_sketch(WORD_TABLE, table)
@@ -168,12 +174,12 @@ def distinct_words(
 
 def _ask_sketch(
     examples: Examples, sketch: WordSketch, share: float, *, threshold: int, column: str, name: str, purpose: str
-) -> tuple[Array, int]:
-    """Return which buckets are heavy, bool [rows, width], and how many entries that took."""
+) -> tuple[Array, int, int]:
+    """Return which buckets are heavy, bool [rows, width], how many devices were asked, and how many entries it took."""
     sums, survivors = _sum_sketch(
         examples, sketch, threshold=threshold, column=column, name=f"{name}_sketch", purpose=purpose
     )
-    return sums >= _needed(share, survivors, threshold), sketch.rows * sketch.width
+    return sums >= _needed(share, survivors, threshold), survivors, sketch.rows * sketch.width
 
 
 def _sum_sketch(

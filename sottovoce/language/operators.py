@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Final, NoReturn, get_args
 
@@ -24,6 +25,7 @@ from sottovoce.types import (
     SequenceType,
     StructType,
     TensorType,
+    Type,
     contains,
 )
 from sottovoce.values import leaves
@@ -111,7 +113,9 @@ def federated_sum(
     """
     place = site("federated_sum")
     _check_encoding(place, bits, lane)
-    return _summed(place, "federated_sum", value, _bound(place, bound), Terms(bits=bits, lane=lane))
+    given = _clients(place, place.value(value))
+    within = _bound(place, bound, _placed(place, given).member)
+    return _summed(place, "federated_sum", given, within, Terms(bits=bits, lane=lane))
 
 
 def federated_secure_sum(value: object, max_input: int) -> Value:
@@ -148,7 +152,8 @@ def federated_mean(
 
     Args:
         value: Floats at CLIENTS.
-        weight: A number at CLIENTS, not negative; all members count the same without it.
+        weight: A number at CLIENTS, not negative (a device clamps it to 0, the reference executor refuses it); all
+            members count the same without it.
         bound: (low, high) of every coordinate; what lies outside is clamped.
         clip_norm: L2 bound over all tensors of one member together, applied first.
         half_range: Every coordinate is clamped to [-half_range, half_range].
@@ -175,7 +180,7 @@ def federated_mean(
     if weight_cap is not None and (weight is None or not isinstance(weight_cap, int) or weight_cap < 1):
         place.refuse("weight_cap is the largest weight of one member, at least 1, and needs weight=")
     result = FederatedType(kind.member, SERVER, all_equal=True)
-    return place.step("federated_mean", inputs, result, bound=_bound(place, bound), terms=terms)
+    return place.step("federated_mean", inputs, result, bound=_bound(place, bound, kind.member), terms=terms)
 
 
 def federated_min(value: object) -> Value:
@@ -337,14 +342,23 @@ def _check_placement(place: Site, placement: object) -> None:
         place.refuse(f"the placement is sv.CLIENTS or sv.SERVER, not {placement!r}")
 
 
-def _bound(place: Site, bound: tuple[float, float] | Bound | None) -> Bound | None:
-    if bound is None or isinstance(bound, Bound):
-        return bound
+def _bound(place: Site, bound: tuple[float, float] | Bound | None, kind: Type) -> Bound | None:
+    """Return the bound that an author declares for every coordinate of a value of type `kind`."""
+    if bound is None:
+        return None
     try:
-        low, high = bound
-        return Bound(float(low), float(high))
+        low, high = (bound.low, bound.high) if isinstance(bound, Bound) else bound
+        found = Bound(float(low), float(high))
     except (TypeError, ValueError, ConfigError):
         place.refuse(f"bound is (low, high), two finite numbers, the lower one first, not {bound!r}")
+    for _, leaf in leaves(kind):
+        if leaf.numpy_dtype.kind in "iu" and math.ceil(found.low) > math.floor(found.high):
+            place.refuse(f"no {leaf.dtype} lies within the bound {found}; give one that holds a whole number")
+        if leaf.numpy_dtype.kind == "f" and max(abs(found.low), abs(found.high)) > float(
+            np.finfo(leaf.numpy_dtype).max
+        ):
+            place.refuse(f"the bound {found} is beyond what a {leaf.dtype} holds; give what the values can really be")
+    return found
 
 
 def _above_0(place: Site, name: str, value: float | None) -> float | None:

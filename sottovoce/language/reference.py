@@ -7,6 +7,7 @@ it clamps where the author declared a bound, as devices do, and needs no bound w
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -270,8 +271,9 @@ def _bounded(step: Step, kind: Type, members: Sequence[Any]) -> Sequence[Any]:
 def _mean(step: Step, kind: Type, members: Sequence[Any], weights: Sequence[float]) -> Any:
     """Return the weighted mean as a fleet makes it: clip, multiply by the weight's share, clamp, sum, divide."""
     cap = step.terms.weight_cap
-    if min(weights) < 0:
-        raise ConfigError(f"{step.where}: a weight is {min(weights):g}; weights are not negative")
+    for weight in weights:
+        if not 0 <= weight < math.inf:
+            raise ConfigError(f"{step.where}: a weight is {weight:g}; weights are finite and not negative")
     shares = [min(weight, cap) / cap if cap else weight for weight in weights]
     if not sum(shares) > 0:
         raise ConfigError(f"{step.where}: all weights are 0, so there is no mean")

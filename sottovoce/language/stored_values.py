@@ -42,7 +42,7 @@ def decode_value(content: bytes) -> Any:
     """
     try:
         return _read(msgspec.msgpack.decode(content))
-    except (msgspec.DecodeError, MalformedMessage, LookupError, TypeError, ValueError) as error:
+    except (msgspec.DecodeError, MalformedMessage, LookupError, RecursionError, TypeError, ValueError) as error:
         raise ConfigError(f"this stored value is damaged, or another release wrote it: {error}") from error
 
 

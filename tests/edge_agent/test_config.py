@@ -145,6 +145,8 @@ def test_the_sources_in_the_comments_are_real() -> None:
     [
         ('kind = "command"', 'source: kind = "command" needs the key command'),
         ('kind = "mqtt"', 'source: kind = "mqtt" needs the key topic'),
+        ('kind = "mqtt"\ntopic = "home/#/x"', "source: topic = 'home/#/x' is no topic filter"),
+        ('kind = "mqtt"\ntopic = "home+"', "source: topic = 'home+' is no topic filter"),
         ('kind = "file"\npath = "a.txt"', "source: path must end in .csv or .jsonl"),
         ('kind = "thermal"\ntopic = "a"', 'source: the key topic has no meaning for kind = "thermal"; remove it'),
         ('kind = "thermal"\nevery_s = 0', 'source: every_s must be above 0 for kind = "thermal"'),

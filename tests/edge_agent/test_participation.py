@@ -68,7 +68,7 @@ from sottovoce.errors import (
     UnexpectedMessage,
 )
 from sottovoce.identity import SignedContext
-from sottovoce.plan import Extraction, ParticipationTerms, blob_ref, canonical, digest_of
+from sottovoce.plan import Aggregation, Counted, Extraction, ParticipationTerms, blob_ref, canonical, digest_of
 from sottovoce.wire.codec import ALL, Opened
 from sottovoce.wire.messages import (
     COORDINATOR_MESSAGES,
@@ -456,11 +456,12 @@ def published_outcome(machine: Machine) -> list[Any]:
 def test_a_device_that_is_asked_too_early_still_gets_what_is_published(
     machine: Machine, rule: str, follows: bool
 ) -> None:
-    once = msgspec.structs.replace(machine.plan.privacy, participation=ParticipationTerms(once=True))
+    once = msgspec.structs.replace(machine.plan.privacy, participation=ParticipationTerms(once=True), threshold=3)
+    held = Aggregation(name="held", tensors=("int32[2]",), encoding=Counted(maximum=1))
     words = Extraction(
         extractor="text.words/1", column="text", vocabularies=(("a",) if rule != "participation" else ("a", "b"),)
     )
-    plan = msgspec.structs.replace(machine.plan, privacy=once, publish=True, extraction=words)
+    plan = msgspec.structs.replace(machine.plan, privacy=once, publish=True, extraction=words, aggregations=(held,))
     announce(machine, plan=plan)
     effects = plan_arrives(machine, plan, last_release=(2, NOW / 1000 - 100))
     assert [message.code for message in sent(effects)] == ["policy"]

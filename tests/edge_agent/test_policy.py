@@ -16,11 +16,12 @@ from sottovoce.plan import (
     Quantised,
     blob_ref,
 )
+from sottovoce.sketches import WordSketch
 
 NOW_S = 1_800_000_000.0
 
 
-def plan(name="digits", collection="digits", aggregations=None, extraction=None, **terms) -> Plan:
+def plan(name="digits", collection="digits", aggregations=None, extraction=None, publish=False, **terms) -> Plan:
     privacy = {"purpose": "read handwriting", "minimum_cohort": 12, "weight_cap": 100} | terms
     return Plan(
         fleet="clinic",
@@ -31,7 +32,14 @@ def plan(name="digits", collection="digits", aggregations=None, extraction=None,
         aggregations=aggregations or (update(1.0),),
         privacy=PrivacyTerms(**privacy),
         extraction=extraction,
+        publish=publish,
     )
+
+
+def discovering(extractor: str) -> Plan:
+    table = {"heavy": bytes([128, 0]), "cells": 6} if extractor == "text.word_table/1" else {}
+    sketch = WordSketch(seed=bytes(16), rows=1, width=16, words=9, **table)
+    return plan(extraction=Extraction(extractor=extractor, column="text", sketch=sketch))
 
 
 def words(*vocabularies: tuple[str, ...], extractor: str = "text.words/1") -> Plan:
@@ -52,6 +60,11 @@ COUNT = Aggregation(name="correct", tensors=("float32[1]",), encoding=Counted(ma
 COUNTS = Aggregation(name="counts", tensors=("int32[64]",), encoding=Counted(maximum=9), entries=8)
 ALL_COUNTS = Aggregation(name="counts", tensors=("int32[64]",), encoding=Counted(maximum=9))
 DEVICES = Aggregation(name="devices", tensors=("int32[64]",), encoding=Counted(maximum=1), presence_of="counts")
+LEADING = Aggregation(name="leading", tensors=("float32[64]",), encoding=Quantised(half_range=1.0, bits=16))
+FOLLOWING = Aggregation(name="counts", tensors=("int32[64]",), encoding=Counted(maximum=9), follows="leading")
+FRACTIONS = Aggregation(name="fractions", tensors=("float32[64]",), encoding=Quantised(half_range=9.5, bits=16))
+HELD = Aggregation(name="held", tensors=("int32[64]",), encoding=Counted(maximum=1), entries=4)
+PAIR = Extraction(extractor="text.words/1", column="text", vocabularies=(("a", "b"),))
 
 
 def test_the_default_policy_allows_an_ordinary_plan() -> None:
@@ -73,6 +86,15 @@ def test_the_default_policy_allows_an_ordinary_plan() -> None:
         (Policy(max_entries=8, max_count=9), plan(aggregations=(COUNTS, DEVICES, update(1.0)))),
         (Policy(), plan(aggregations=(ALL_COUNTS,))),
         (Policy(), words(("a", "b"))),
+        (Policy(max_entries=12), plan(aggregations=(COUNTS, DEVICES, HELD))),
+        (Policy(max_entries=64, max_count=9), plan(aggregations=(LEADING, FOLLOWING))),
+        (Policy(max_entries=64), plan(aggregations=(FRACTIONS,), extraction=PAIR)),
+        (Policy(max_entries=8, max_count=1), plan(aggregations=(LEADING,))),
+        (Policy(), plan(aggregations=(COUNTS, DEVICES, HELD), publish=True, threshold=3)),
+        (Policy(minimum_threshold=0), plan(aggregations=(COUNTS,), publish=True)),
+        (Policy(), plan(aggregations=(COUNTS, DEVICES), threshold=0)),
+        (Policy(discovery=True), discovering("text.word_sketch/1")),
+        (Policy(discovery=True), discovering("text.word_table/1")),
         (Policy(minimum_vocabulary=1), words(("a",))),
         (Policy(minimum_vocabulary=3), words(("a", "b", "c"), ("x", "y", "z"), extractor="text.bigrams/1")),
     ],
@@ -102,6 +124,31 @@ def test_allows_at_the_limit(policy: Policy, allowed: Plan) -> None:
         ("max_entries", Policy(max_entries=7), plan(aggregations=(COUNTS,)), "'counts' takes up to 8 .* allows 7"),
         ("max_entries", Policy(max_entries=63), plan(aggregations=(ALL_COUNTS,)), "up to 64 entries of a device"),
         ("max_count", Policy(max_count=8), plan(aggregations=(COUNTS,)), "counts up to 9; this device allows 8"),
+        (
+            "max_entries",
+            Policy(max_entries=11),
+            plan(aggregations=(COUNTS, DEVICES, HELD)),
+            "'counts', 'held' together take up to 12 entries of a device; this one allows 11",
+        ),
+        ("max_entries", Policy(max_entries=63), plan(aggregations=(LEADING, FOLLOWING)), "'counts' takes up to 64"),
+        ("max_entries", Policy(max_entries=63), plan(aggregations=(FRACTIONS,), extraction=PAIR), "takes up to 64"),
+        ("max_count", Policy(max_count=9), plan(aggregations=(FRACTIONS,), extraction=PAIR), "counts up to 9.5; this"),
+        (
+            "minimum_threshold",
+            Policy(),
+            plan(aggregations=(COUNTS, DEVICES), publish=True, threshold=2),
+            "publishes what 2 devices have contributed; this device asks for at least 3",
+        ),
+        ("minimum_threshold", Policy(), plan(aggregations=(COUNTS, DEVICES), publish=True), "what 1 devices have"),
+        (
+            "minimum_threshold",
+            Policy(),
+            plan(aggregations=(COUNTS, HELD), publish=True, threshold=3),
+            "'counts' without counting devices in its entries, so its threshold of 3 takes nothing out",
+        ),
+        ("minimum_threshold", Policy(), plan(aggregations=(HELD, LEADING), publish=True, threshold=9), "'leading' wit"),
+        ("discovery", Policy(), discovering("text.word_sketch/1"), "policy.discovery = true to allow that"),
+        ("discovery", Policy(), discovering("text.word_table/1"), r"does not list \(text.word_table/1\)"),
         ("extractor", Policy(), words(("a", "b"), extractor="text.haiku/7"), "'text.haiku/7'; this device has text.wo"),
         ("minimum_vocabulary", Policy(), words(("a",)), "of one word: a test whether that one word is said"),
         ("minimum_vocabulary", Policy(), words(("a", "b"), ("x",), extractor="text.bigrams/1"), "at least 2"),

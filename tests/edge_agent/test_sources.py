@@ -241,6 +241,82 @@ def test_a_line_that_is_no_example_is_dropped_alone(
     assert "power.jsonl, byte 0 onwards, line 2: not JSON" in caplog.text
 
 
+def test_a_line_that_is_too_long_does_not_keep_the_later_ones_waiting(
+    device: Device, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "log.jsonl"
+    file.write_bytes(b'{"value": 1}\n{"value": [' + b"0, " * 800_000 + b'0]}\n{"value": 2}\n')
+    config = SourceConfig(kind="file", path=str(file), every_s=1)
+    device.open(power=config)
+    with caplog.at_level(logging.WARNING):
+        device.poll(after_s=1)
+        device.poll(after_s=1)
+        device.open(power=config)  # As after a restart in the middle of that line.
+        for _ in range(3):
+            device.poll(after_s=1)
+    assert device.values("power") == [1.0, 2.0]
+    assert [r.message for r in caplog.records if "longer than" in r.message]
+
+
+@pytest.mark.parametrize(
+    ("line", "error"),
+    [
+        ('{"value": ' + "9" * 400 + "}", "too large"),
+        ('{"value": ' + "[" * 800 + "1" + "]" * 800 + "}", "lists in lists"),
+        ('{"val\\ud800ue": 1}', "must be printable"),
+    ],
+)
+def test_no_line_stops_a_source(
+    device: Device, tmp_path: Path, caplog: pytest.LogCaptureFixture, line: str, error: str
+) -> None:
+    file = tmp_path / "log.jsonl"
+    file.write_text(f'{line}\n{{"value": 2}}\n')
+    device.open(power=SourceConfig(kind="file", path=str(file), every_s=1))
+    with caplog.at_level(logging.WARNING):
+        device.poll()
+    assert device.values("power") == [2.0]
+    assert error in caplog.text
+
+
+def test_a_line_ends_where_the_file_says_and_not_within_a_message(device: Device, tmp_path: Path) -> None:
+    file = tmp_path / "chat.jsonl"
+    file.write_bytes('{"text": "one\u2028two\x85"}\r\n{"text": "three"}\n'.encode())
+    device.open(messages=SourceConfig(kind="file", path=str(file), every_s=1))
+    device.poll()
+    assert device.store.read("messages")["text"].tolist() == ["one\u2028two\x85", "three"]
+
+
+def test_a_csv_that_grows_may_have_columns_of_text(device: Device, tmp_path: Path) -> None:
+    file = tmp_path / "sensor.csv"
+    file.write_text('when,value,note\n2026-11-22T10:00:00,21.5,"warm, or so"\n')
+    config = SourceConfig(kind="file", path=str(file), every_s=1)
+    device.open(power=config)
+    device.poll()
+    device.open(power=config)  # What is text is known after a restart, too: 7 is a note.
+    with file.open("a") as grown:
+        grown.write("2026-11-22T10:01:00,22,7\n2026-11-22T10:02:00,none,7\n")
+    device.poll(after_s=1)
+    kept = device.store.read("power")
+    assert (kept["value"].tolist(), kept["note"].tolist()) == ([21.5, 22.0], ["warm, or so", "7"])
+    assert device.sources is not None
+    assert device.sources.dropped["power"] == 1
+
+
+def test_what_alternates_between_well_and_wrong_does_not_fill_the_log(
+    device: Device, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "log.jsonl"
+    file.touch()
+    device.open(power=SourceConfig(kind="file", path=str(file), every_s=1))
+    with caplog.at_level(logging.WARNING), file.open("a") as grown:
+        for number in range(1200):  # Twenty minutes.
+            grown.write(f'{{"value": {number}}}\n' if number % 2 else f'{{"value": "off {number}"}}\n')
+            grown.flush()
+            device.poll(after_s=1)
+    assert device.store.count("power") == 600
+    assert len(caplog.records) == 2
+
+
 def test_retention_is_applied_while_a_source_runs(device: Device, tmp_path: Path) -> None:
     zone = tmp_path / "temp"
     zone.write_text("1000")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from edge_agent.examples import ExampleStore
-from edge_agent.published import Published, keep_published, read_published
+from edge_agent.published import MOST_PLANS, Published, keep_published, read_published
 from edge_agent.suggestions import PRIOR, last_word, newest_table, own_pairs, suggest
 from sottovoce.errors import ConfigError
 from sottovoce.plan import Aggregation, Counted, Extraction, LocalWork, Plan, PrivacyTerms, blob_ref, canonical
@@ -73,6 +74,25 @@ def test_where_the_fleet_knows_nothing_the_owners_words_answer_alone() -> None:
     assert shares("buona", Counter()) == {}
 
 
+@pytest.mark.parametrize(
+    ("counts", "kept"),
+    [
+        ((5, -5, 0), {"sole": 1.0}),  # Together they are nothing: no share can be computed of that.
+        ((-1, -2, -3), {}),
+        ((math.nan, math.inf, -math.inf), {}),
+        ((2**53, 1e308, 3), {"va": 1.0}),
+        ((0.4, 2.0, 2.0), {"stai": 0.5, "va": 0.5}),
+    ],
+)
+def test_wild_values_in_a_published_table_are_no_counts(counts: tuple[float, ...], kept: dict[str, float]) -> None:
+    table = np.array([*counts, *counts], np.float64)
+    wild = Published(plan(), 3, {"devices": np.zeros(8, np.int32), "counts": table})
+    assert {each.word: each.share for each in suggest(wild, "come", Counter(), limit=9)} == kept
+    own = suggest(wild, "come", Counter({("come", "mai"): 2}), limit=9)
+    assert sum(each.share for each in own) == pytest.approx(1.0)
+    assert {each.word for each in own} == {*kept, "mai"}
+
+
 def test_equal_ones_come_by_the_alphabet_and_only_so_many() -> None:
     own = Counter({("x", "b"): 1, ("x", "a"): 1, ("x", "c"): 2})
     assert list(shares("x", own)) == ["c", "a", "b"]
@@ -123,6 +143,12 @@ class TestKept:
         assert found[1].plan == FLEET.plan
         np.testing.assert_array_equal(found[1].sums["counts"], FLEET.sums["counts"])
         assert len(list(tmp_path.iterdir())) == 1
+
+    def test_more_names_than_a_device_can_use_push_the_oldest_out(self, tmp_path: Path) -> None:
+        for number in range(MOST_PLANS + 2):
+            each = published(*range(6), name=f"plan {number}", round_=number)
+            keep_published(tmp_path, canonical(each.plan), encode_tensors(each.sums), round=number)
+        assert [each.round for each in read_published(tmp_path)] == list(range(MOST_PLANS + 1, 1, -1))
 
     def test_a_damaged_file_is_left_out(self, tmp_path: Path) -> None:
         keep_published(tmp_path, canonical(FLEET.plan), encode_tensors(FLEET.sums), round=1)

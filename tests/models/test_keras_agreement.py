@@ -89,7 +89,6 @@ def disagreement(
 FAST = {
     "dense": Case((6,), lambda: [layers.Dense(5, activation="relu"), layers.Dropout(0.3)]),
     "conv2d": Case((9, 8, 2), lambda: [layers.Conv2D(3, 3, strides=2, padding="same", activation="relu")]),
-    "max_pooling_2d": Case((7, 7, 2), lambda: [layers.Conv2D(3, 2), layers.MaxPooling2D(3, 2, padding="same")]),
     "batch_normalization": Case(
         (5, 4),
         lambda: [layers.Conv1D(4, 2, name="conv"), layers.BatchNormalization(), layers.ReLU()],
@@ -137,6 +136,7 @@ SLOW = {
     ),
     "separable_2d": Case((8, 7, 2), lambda: [layers.Conv2D(3, 2), layers.SeparableConv2D(4, 3, padding="same")]),
     "separable_1d": Case((8, 2), lambda: [layers.Conv1D(3, 2), layers.SeparableConv1D(4, 3)]),
+    "max_pooling_2d": Case((7, 7, 2), lambda: [layers.Conv2D(3, 2), layers.MaxPooling2D(3, 2, padding="same")]),
     "max_pooling_windows": Case((8, 8, 2), lambda: [layers.Conv2D(3, 2, padding="same"), layers.MaxPooling2D(2)]),
     "max_pooling_1d": Case((9, 2), lambda: [layers.Conv1D(3, 2), layers.MaxPooling1D(3, 2)]),
     "average_pooling_same": Case(

@@ -14,6 +14,7 @@ from models.zoo.har_gru import har_gru
 from models.zoo.keywords import keywords
 from models.zoo.mnist_cnn import mnist_cnn
 from models.zoo.next_word import next_word
+from models.zoo.picture_head import picture_head
 from models.zoo.two_nn import two_nn
 
 SIZES: dict[str, tuple[Callable[[], Any], int]] = {
@@ -23,6 +24,7 @@ SIZES: dict[str, tuple[Callable[[], Any], int]] = {
     "keywords": (keywords, 24_332),
     "next_word": (next_word, 359_892),
     "character_lstm": (character_lstm, 820_522),
+    "picture_head": (picture_head, 219_829),
 }
 
 
@@ -49,3 +51,11 @@ def test_a_model_trains_in_litert_as_in_keras(make: Callable[[], Any]) -> None:
     bundle = export(model, loss=model.loss, optimizer=model.optimizer)
     assert bundle.self_test.tolerance <= 1e-4
     assert len(bundle.self_test.batches) == 5
+
+
+@pytest.mark.slow
+def test_a_picture_head_learns_over_an_int8_backbone() -> None:
+    model = picture_head()
+    bundle = export(model, loss=model.loss, optimizer=model.optimizer, int8=True)
+    assert bundle.results[0].updates == ("head_kernel", "head_bias")
+    assert len(bundle.flatbuffers["infer"]) < 2 * 218_544

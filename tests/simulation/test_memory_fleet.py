@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -258,6 +259,22 @@ def test_nothing_is_left_behind(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     made.close()
     assert not list(tmp_path.iterdir())
     assert threading.active_count() == threads
+
+
+def test_where_the_state_is_large_devices_that_are_not_chosen_are_stopped_and_come_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(memory_fleet, "_LARGE_STATE_BYTES", 0)
+    with make(6, terms=FleetTerms(cohort=3)) as fleet:
+        taken_part: Counter[str] = Counter()
+        for number in range(6):
+            sums = fleet.run(sums_request(key=str(number)))
+            cohort = cohort_of(fleet)
+            assert heard(sums) == plain_sums([examples(fleet.devices.index(name)) for name in cohort])
+            running = [name for name in fleet.devices if fleet.device(name).agent is not None]
+            assert running == cohort
+            taken_part.update(cohort)
+        assert max(taken_part.values()) > 1
 
 
 def test_importing_the_package_costs_nothing() -> None:

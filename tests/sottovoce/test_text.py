@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sottovoce.text import EXTRACTORS, bigrams, is_word, normalised, words
+from sottovoce.text import EXTRACTORS, MAX_WORD_CHARACTERS, bigrams, is_word, normalised, words
 
 VECTORS = json.loads((Path(__file__).parents[1] / "vectors" / "text.json").read_text())["cases"]
 
@@ -17,6 +17,13 @@ VECTORS = json.loads((Path(__file__).parents[1] / "vectors" / "text.json").read_
 def test_the_vectors(case: dict[str, Any]) -> None:
     assert [word for (word,) in words(case["message"])] == case["words"]
     assert [list(pair) for pair in bigrams(case["message"])] == case["bigrams"]
+
+
+def test_a_word_of_a_vocabulary_is_as_short_as_one_in_a_message() -> None:
+    assert is_word("é" * MAX_WORD_CHARACTERS)
+    assert not is_word("é" * (MAX_WORD_CHARACTERS + 1))
+    assert not is_word("e\u0301" * MAX_WORD_CHARACTERS)
+    assert not is_word("good" + " " * 100)
 
 
 def test_the_names_that_plans_use() -> None:

@@ -7,8 +7,10 @@ import pickle
 from collections import namedtuple
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 
 from sottovoce.errors import ConfigError, TypeMismatch
 from sottovoce.types import type_of
@@ -76,6 +78,7 @@ def test_a_float_where_an_int_is_declared() -> None:
         ("float32[2]", [1.0, 2.0, 3.0], "Give it the shape [2]."),
         ("float32[2,2]", [[1.0], [2.0, 3.0]], "Give every row the same number of values."),
         ("str", 3, "Give text in quotes."),
+        ("str[?]", [["a"], ["b", "c"]], "Give every row the same number of texts."),
         ("<int32,int32>", 3, "Give a dict by the names of the elements, or a tuple by their order."),
         ("<int32,int32>", (1, 2, 3), "Give 2 elements"),
         ("<int32,int32>", {"a": 1, "b": 2}, "elements without a name are given by position, in a tuple"),
@@ -196,3 +199,34 @@ def test_a_set_loses_equal_values_so_it_is_no_list_of_them() -> None:
     assert refusal("{float32}@CLIENTS", {20.0, 21.0}).endswith(
         "found:    a set\nA set has no order and holds equal values once: give a list."
     )
+
+
+_TYPES = ["int32", "str", "float32[2]", "<a=int32,b=float32>", "<int32,float32>", "float32*", "<a=int32>*"]
+_TYPES += [
+    "{float32}@CLIENTS",
+    "{<a=int32,b=bool>}@CLIENTS",
+    "{float32*}@CLIENTS",
+    "uint64",
+    "str*",
+    "(int32 -> int32)",
+]
+_SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | st.binary(max_size=3)
+_ANYTHING = st.recursive(
+    _SCALARS | st.complex_numbers() | st.dates() | st.decimals(),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["a", "b", "c", 1]), inner, max_size=3)
+        | st.tuples(inner, inner)
+    ),
+    max_leaves=6,
+)
+
+
+@hypothesis.settings(deadline=None)
+@hypothesis.given(st.sampled_from(_TYPES), _ANYTHING)
+def test_anything_is_a_value_or_a_type_mismatch(notation: str, anything: object) -> None:
+    try:
+        once = value(notation, anything)
+    except TypeMismatch:
+        return
+    assert repr(value(notation, once)) == repr(once)

@@ -146,6 +146,21 @@ REFUSED: dict[str, tuple[Defined, tuple[str, ...], str]] = {
         "federated_mean: the weight, the constant 0, 10 (<int32,int32>), is not placed; the second argument is the "
         "weight of every member, and whatever else is given by name, as bound=(low, high)",
     ),
+    "a bound without a whole number": (
+        lambda x: sv.federated_sum(x, bound=(0.4, 0.6)),
+        ("{int32}@CLIENTS",),
+        "federated_sum: no int32 lies within the bound 0.4..0.6; give one that holds a whole number",
+    ),
+    "a bound beyond the dtype": (
+        lambda x: sv.federated_mean(x, bound=(0, 1e308)),
+        (FLOATS,),
+        "federated_mean: the bound 0..1e+308 is beyond what a float32 holds; give what the values can really be",
+    ),
+    "a clip beyond the dtype": (
+        lambda x: sv.federated_map(sv.clip(0, 1e308), x),
+        (FLOATS,),
+        "federated_map: sv.clip(0, 1e+308) cannot take float32: a float32 holds no such limits",
+    ),
     "too many bits": (
         lambda x: sv.federated_sum(x, bound=(0, 1), bits=49),
         (FLOATS,),

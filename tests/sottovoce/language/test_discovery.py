@@ -85,6 +85,15 @@ def test_words_that_do_not_fit_are_left_out_not_cut_off(fleet: MemoryFleet) -> N
     assert {each.word for each in found.words} <= set(FREQUENT)
 
 
+def test_where_nothing_is_frequent_no_second_round_is_asked(fleet: MemoryFleet) -> None:
+    before = sum(name == "committed" for name, _ in fleet.events)
+    found = discover_words(sv.collection("messages"), share=1.0, threshold=13)
+    assert (found.words, found.rounds, found.survivors) == ((), 1, 12)
+    assert sum(name == "committed" for name, _ in fleet.events) == before + 1
+    with sv.use(sv.reference_executor()):
+        assert discover_words(MESSAGES, share=1.0, threshold=13) == found
+
+
 def test_a_filter_that_would_let_everything_pass_is_refused() -> None:
     words = [chr(97 + at // 676) + chr(97 + at // 26 % 26) + chr(97 + at % 26) for at in range(4000)]
     with sv.use(sv.reference_executor()), pytest.raises(ConfigError, match="ask for more frequent words"):

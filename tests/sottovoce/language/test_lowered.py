@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -237,6 +238,18 @@ def test_no_file_and_a_damaged_file_are_told_apart(tmp_path: Path, lowered: Lowe
         (["before", "steps", 4, "index"], 2),
         (["before", "parameters", 0, 1], "int32"),
         (["unheard"], 1),
+        (["members"], []),
+        (["name"], "\x1b[2J"),
+        (["work", "epochs"], 0),
+        (["aggregations", 0, "encoding", "bits"], 0),
+        (["columns"], []),
+        (["parameters", 1, 0], "readings"),
+        (["parameters", 0, 1], "float32@SERVER"),
+        (["recipes", 0, "weight_cap"], 0.0),
+        (["recipes", 0, "kind"], "weighted_mean"),
+        (["recipes", 0, "summands", 0, "offset"], math.nan),
+        (["recipes", 0, "summands", 0, "error"], -1.0),
+        (["aggregations", 0, "tensors"], ["float32[2]"]),
     ],
 )
 def test_a_file_whose_parts_do_not_fit_is_refused(lowered: Lowered, path: list[Any], value: object) -> None:

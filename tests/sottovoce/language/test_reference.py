@@ -77,8 +77,23 @@ def test_a_weighted_mean(pairs: list[tuple[float, int]]) -> None:
     assert weighted_mean(values, weights) == pytest.approx(expected, rel=1e-5, abs=1e-2)
 
 
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), -1.0])
+def test_a_weight_that_is_none_is_named(weight: float) -> None:
+    mean = sv.federated_computation("{float32}@CLIENTS", "{float32}@CLIENTS")(sv.federated_mean)
+    with pytest.raises(ConfigError, match=f"a weight is {weight:g}; weights are finite and not negative"):
+        mean([1.0, 2.0], [weight, 1.0])
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int32", "int64", "uint32"])
+def test_a_cast_to_whole_numbers_ends_where_they_end(dtype: str) -> None:
+    limits = np.iinfo(dtype)
+    cast = sv.federated_computation(lambda x: sv.federated_map(sv.cast(dtype), x), "{float32}@CLIENTS")
+    given = [1e30, -1e30, np.nan, np.inf, -np.inf, 3.9, -0.9]
+    assert cast(given) == (limits.max, limits.min, 0, limits.max, limits.min, 3, 0)
+
+
 def test_a_negative_weight_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"a weight is -1; weights are not negative"):
+    with pytest.raises(ConfigError, match=r"a weight is -1; weights are finite and not negative"):
         weighted_mean([1.0, 2.0], [1, -1])
 
 

@@ -103,7 +103,9 @@ def test_what_cannot_be_stored_is_named_by_its_place(value: object, says: str) -
         encode_value(value, what="the state")
 
 
-@pytest.mark.parametrize("content", [b"", b"\x92\xa1x\x01", encode_value([1, 2])[:-1], b"\x91\xa4list"])
+@pytest.mark.parametrize(
+    "content", [b"", b"\x92\xa1x\x01", encode_value([1, 2])[:-1], b"\x91\xa4list", b"\x91" * 5000 + b"\xc0"]
+)
 def test_damaged_bytes_are_refused(content: bytes) -> None:
     with pytest.raises(ConfigError, match="damaged"):
         decode_value(content)
