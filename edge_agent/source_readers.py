@@ -28,6 +28,8 @@ VALUE = "value"
 _LARGEST_READ = 1 << 20
 _LARGEST_OUTPUT = 1 << 16
 _MOST_TOPICS = 10_000
+_NO_READING = frozenset({"unavailable", "unknown", "none", "null", "n/a", "na"})
+"""What home automation writes where a number will be: it does not make a column one of text."""
 _MOST_DELIVERIES = 1000
 
 
@@ -248,6 +250,9 @@ class GrowingFile:
         cells, layout = _csv_line(line, place), csv_layout(names)
         texts = self._position.texts
         if texts is None:
+            missing = [cell for cell in cells if cell.strip().lower() in _NO_READING]
+            if missing:
+                raise BadExamples(f"{place}: {missing[0]!r} is no reading; it was left out")
             texts = tuple(sorted(text_positions(cells, layout)))
         found = csv_cells(cells, names, layout, place, texts=frozenset(texts))
         self._position = msgspec.structs.replace(self._position, texts=texts)

@@ -259,7 +259,8 @@ def check_examples(bundle: Bundle, examples: Mapping[str, Array]) -> dict[str, A
     Columns that the program does not name are left out: it sees nothing that it did not ask for. Casts that keep the
     meaning are made: any integer, boolean or float column to a float port (a float64 is rounded to float32), and to an
     integer port any column whose every value the port's dtype represents exactly. A program of one port reads the one
-    column of a collection whatever their names: there is nothing to mix up.
+    column of a collection whatever their names, and of one with text (a time, a note) beside it the one of numbers:
+    there is nothing to mix up.
 
     Args:
         bundle: The program.
@@ -269,8 +270,10 @@ def check_examples(bundle: Bundle, examples: Mapping[str, Array]) -> dict[str, A
         BadExamples: A column is missing, of the wrong dtype or shape, or of another length; a value is NaN, infinite
             or outside of its port's bounds; or there are no examples. The text names the column, and row and value.
     """
-    if len(bundle.batch) == len(examples) == 1:
-        examples = {bundle.batch[0].name: next(iter(examples.values()))}
+    numbers = [column for column in examples.values() if np.asarray(column).dtype.kind not in "OU"]
+    readable = numbers or list(examples.values())
+    if len(bundle.batch) == len(readable) == 1 and bundle.batch[0].name not in examples:
+        examples = {bundle.batch[0].name: readable[0]}
     return check_columns(bundle.batch, examples)
 
 

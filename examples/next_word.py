@@ -3,8 +3,8 @@
 Every device has its owner's messages in its collection `messages` (`edge-agent import messages FILE.jsonl`). Three
 rounds are asked of all devices at once, and only sums leave them: two find the words that many people use, although
 nobody has listed them; one counts which of these follow which, and gives the table to every device. From then on
-`edge-agent suggest hello` answers on each of them, also offline. No TensorFlow is needed. Real devices let themselves be
-asked for unlisted words only where their owners have set `discovery = true` in agent.toml.
+`edge-agent suggest hello` answers on each of them, also offline. No TensorFlow is needed. Real devices let themselves
+be asked for unlisted words only where their owners have set `discovery = true` in agent.toml.
 
     python examples/next_word.py                                      on a few messages, in this process
     python examples/next_word.py --fleet 20                           on 20 devices simulated here

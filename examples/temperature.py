@@ -51,7 +51,16 @@ def main() -> None:
     where.add_argument("--config", metavar="FILE", help="on the fleet of a running coordinator")
     parser.add_argument("--threshold", type=float, default=21.0, metavar="X", help="degrees Celsius (%(default)s)")
     options = parser.parse_args()
-    if options.fleet:
+    from sottovoce.errors import SottovoceError
+
+    try:
+        _ask_where(options)
+    except SottovoceError as error:
+        parser.exit(1, f"temperature.py: {error}\n")
+
+
+def _ask_where(options: argparse.Namespace) -> None:
+    if options.fleet is not None:
         import simulation
 
         with simulation.fleet(devices=options.fleet):

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import tensorflow as tf
@@ -99,16 +100,18 @@ def convolved(x: Tensor, kernel: Tensor, height: Slide, width: Slide) -> Tensor:
         width: Likewise.
     """
     rows, columns, channels, filters = kernel.shape
-    halved = rows * columns * channels > columns * channels + rows * filters
-    function = _halved if halved else _whole
+    moves_less = columns * channels + rows * filters < rows * columns * channels
+    function = halved if moves_less else whole
     result: Callable[[Tensor, Tensor], Tensor] = tf.custom_gradient(lambda x, k: function(x, k, height, width))
     return result(x, kernel)
 
 
-_WithGradient = tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor]]]
+WithGradient: TypeAlias = tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor]]]
+"""A convolution, and from its gradient to those of x and the kernel."""
 
 
-def _halved(x: Tensor, kernel: Tensor, height: Slide, width: Slide) -> _WithGradient:
+def halved(x: Tensor, kernel: Tensor, height: Slide, width: Slide) -> WithGradient:
+    """Return the convolution with windows along the width only; the arguments are those of `convolved`."""
     rows, columns, channels, filters = kernel.shape
     flat = tf.reshape(tf.transpose(kernel, [1, 2, 0, 3]), [columns * channels, rows * filters])
     windows = _rows(side_by_side(x, WIDTH, width))
@@ -124,7 +127,8 @@ def _halved(x: Tensor, kernel: Tensor, height: Slide, width: Slide) -> _WithGrad
     return summed(parts, HEIGHT, height), gradient
 
 
-def _whole(x: Tensor, kernel: Tensor, height: Slide, width: Slide) -> _WithGradient:
+def whole(x: Tensor, kernel: Tensor, height: Slide, width: Slide) -> WithGradient:
+    """Return the convolution with all windows side by side; the arguments are those of `convolved`."""
     rows, columns, channels, filters = kernel.shape
     taps = rows * columns * channels
     windows = _rows(side_by_side(side_by_side(x, WIDTH, width), HEIGHT, height))

@@ -125,8 +125,13 @@ def layer_of(name: str) -> str:
     return str(found[-1]) if found else name
 
 
-def slopes(total: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+def slopes(total: Tensor, weights: Sequence[Tensor], *, upstream: Tensor | None = None) -> list[Tensor]:
     """Return the gradient of the sum of `total` for every weight; zeros where it does not depend on one.
+
+    Args:
+        total: Any shape.
+        weights: What it depends on.
+        upstream: Factors of the entries of `total` in the sum, its shape; None for ones.
 
     Raises:
         CannotTrain: An operation on the way has no gradient here.
@@ -134,7 +139,7 @@ def slopes(total: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
     graph = tf.compat.v1.get_default_graph()
     try:
         with built_in_gradients():
-            found = tf.gradients(total, list(weights), unconnected_gradients="zero")
+            found = tf.gradients(total, list(weights), upstream, unconnected_gradients="zero")
     except (LookupError, NotImplementedError) as error:
         raise CannotTrain(f"layer {layer_of(str(error))!r} cannot train: {error}") from error
     _forget(graph.get_operations())

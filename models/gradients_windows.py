@@ -130,7 +130,8 @@ def _tiles(x: Tensor, windows: _Windows) -> list[Tensor]:
     folded = tf.reshape(x, [-1, rows.window, columns.outputs, columns.window * channels])
     shape = [-1, rows.outputs, columns.outputs, channels]
     taps = [(i, j * channels) for i, j in windows.taps()]
-    return [tf.reshape(folded[:, i, :, j : j + channels], shape) for i, j in taps]
+    # i : i + 1, not i: XNNPACK drops no axis.
+    return [tf.reshape(folded[:, i : i + 1, :, j : j + channels], shape) for i, j in taps]
 
 
 def _from_tiles(parts: Sequence[Tensor], windows: _Windows) -> Tensor:
@@ -226,11 +227,13 @@ def _max_pool(op: Operation, dy: Tensor) -> Tensor:
     windows = _windows(op, x, y, tuple(op.get_attr("ksize")[1:3]))
     padded = x if windows.tiles else _padded(x, windows, _LOWEST)
     cuts = _tiles(x, windows) if windows.tiles else [_cut(padded, windows, tap) for tap in windows.taps()]
-    free, shares = tf.ones_like(y), []
-    for cut in cuts:
-        hit = free * tf.cast(tf.equal(cut, y), y.dtype)
-        free = free - hit
-        shares.append(dy * hit)
+    # What is left of dy goes from tap to tap and stops at the first maximum; ones to begin with would take as long.
+    rest, shares = dy, []
+    for cut in cuts[:-1]:
+        left = rest * tf.cast(y > cut, y.dtype)
+        shares.append(rest - left)
+        rest = left
+    shares.append(rest)
     return _all_back(shares, windows)
 
 

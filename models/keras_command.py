@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,14 @@ from sottovoce.tensors import decode_tensors
 
 keras = tf.keras
 _TIMED_STEPS = 20
+_LONGEST = 300
+"""Of what Keras says about a file; the rest prints the layer's whole configuration."""
+_RAISED = (
+    *(ArithmeticError, AttributeError, ImportError, LookupError, NameError, OSError, RuntimeError, SyntaxError),
+    *(TypeError, ValueError, tf.errors.OpError),
+)
+"""What a model's own code raises; whatever else is no mistake in a model."""
+_OWN = "if it has Lambda layers or layers of your own, name a function that makes the model: file.py:function"
 _MEGABYTE = 1e6
 
 
@@ -42,15 +52,19 @@ def load(name: str) -> Any:
             raise ConfigError(f"there is no file {name}")
         try:
             return keras.models.load_model(name)
-        except (ValueError, OSError) as error:
-            raise ConfigError(f"Keras cannot load {name}: {' '.join(str(error).split())}") from error
+        except (ValueError, OSError, TypeError, LookupError, AttributeError, NotImplementedError) as error:
+            told = " ".join(str(error).split()).split("Enable unsafe")[0]
+            raise ConfigError(f"Keras cannot load {name}: {told[:_LONGEST]}; {_OWN}") from error
     source, _, function = name.partition(":")
     if not function:
         raise ConfigError(f"{name!r} is neither a .keras file nor file.py:function nor package.module:function")
     found = getattr(_module(source), function, None)
     if found is None:
         raise ConfigError(f"{source} has no {function!r}")
-    model = found() if callable(found) and not isinstance(found, keras.Model) else found
+    if callable(found) and not isinstance(found, keras.Model):
+        with _authors_errors(source):
+            found = found()
+    model = found
     if not isinstance(model, keras.Model):
         raise ConfigError(f"{name} is a {type(model).__name__}, not a Keras model")
     return model
@@ -67,8 +81,23 @@ def _module(source: str) -> Any:
         raise ConfigError(f"there is no file {source}")
     module = importlib.util.module_from_spec(specification)
     sys.modules[specification.name] = module
-    specification.loader.exec_module(module)
+    with _authors_errors(source):
+        specification.loader.exec_module(module)
     return module
+
+
+@contextlib.contextmanager
+def _authors_errors(source: str) -> Iterator[None]:
+    """Turn what the author's own code raises into one line that names the last line of it."""
+    try:
+        yield
+    except _RAISED as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [frame for frame in frames if source in (frame.filename, Path(frame.filename).stem)] or frames
+        told = " ".join(str(error).split())[:_LONGEST]
+        raise ConfigError(
+            f"{Path(own[-1].filename).name}, line {own[-1].lineno}: {type(error).__name__}: {told}"
+        ) from error
 
 
 def lint_report(name: str) -> list[str]:

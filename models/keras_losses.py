@@ -52,6 +52,11 @@ class Loss:
         lengths = ["?" if i == 0 else str(length) for i, length in enumerate(output.shape)]
         if not self.is_sparse:
             return Port(name=name, type=f"float32[{','.join(lengths)}]")
+        if output.shape.rank < 2 or output.shape[-1] < 2:
+            raise CannotTrain(
+                f"the loss {self.kind!r} needs a score for each class, and the output has the shape {output.shape}; "
+                "use Dense(number of classes), or binary_crossentropy"
+            )
         return Port(name=name, type=f"int32[{','.join(lengths[:-1])}]", low=0, high=int(output.shape[-1]) - 1)
 
     def per_example(self, output: Tensor, labels: Tensor) -> Tensor:

@@ -87,7 +87,7 @@ def _eager(training: Training) -> Callable[[Arrays, int], Slopes]:
 def _recorded(training: Training) -> Callable[[Arrays, int], Slopes]:
     traced = training.traced
 
-    @tf.function(autograph=False)  # type: ignore[untyped-decorator]
+    @tf.function(autograph=False, reduce_retracing=True)  # type: ignore[untyped-decorator]
     def graph(weights: Mapping[str, Tensor], statistics: Mapping[str, Tensor], batch: Any, step: Tensor) -> Any:
         found = forward(training, {**weights, **statistics}, batch, step, is_training=True, as_it_is=True)
         loss = _loss(training, found.outputs, batch)

@@ -16,10 +16,11 @@ from typing import Any
 
 import tensorflow as tf
 
-from models.gradients import RANDOM, CannotTrain, Uniform, replay, scope_of
+from models.gradients import RANDOM, CannotTrain, Uniform, layer_of, replay, scope_of
 from models.keras_quantised import Int8, rounded
 from models.ops import Tensor
 from sottovoce.bundle import Port
+from sottovoce.errors import BadBundle
 from sottovoce.types import TensorType
 
 keras = tf.keras
@@ -173,6 +174,10 @@ def _feature(model: Any, name: str, tensor: Any) -> Port:
         layer.input_dim for layer in model.layers if isinstance(layer, keras.layers.Embedding) and layer.input is tensor
     ]
     high = min(rows) - 1 if rows else None
+    if not str(tensor.dtype).startswith(("int", "float")):
+        raise CannotTrain(
+            f"input {name!r} is of {tensor.dtype}; devices feed float32 and int32: convert when examples are collected"
+        )
     dtype = "int32" if str(tensor.dtype).startswith("int") else "float32"
     return Port(name=name, type=port_type(tensor, dtype), low=0 if rows else None, high=high)
 
@@ -215,9 +220,17 @@ def _traced(model: Any, features: Sequence[Port], names: Mapping[int, str], trai
     try:
         with unrolled(model), _labelled(model):
             graph = tf.function(forward, autograph=False).get_concrete_function(*weights, specs).graph
-    except (ValueError, TypeError, NotImplementedError, tf.errors.OpError) as error:
+    except BadBundle:
+        raise
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, tf.errors.OpError) as error:
         told = " ".join(str(error).split())
         raise CannotTrain(f"the model cannot be called with an unknown batch size: {told}") from error
+    for tensor in tf.nest.flatten(graph.structured_outputs[0]):
+        if not tensor.shape.rank or None in tensor.shape[1:] or tensor.shape[0] is not None:
+            raise CannotTrain(
+                f"layer {layer_of(tensor.name)!r} gives the model's output the shape {tensor.shape}; it must be known "
+                "but for the batch, its first dimension: reshape to fixed lengths, with no batch size in the input"
+            )
     outputs, moved, losses = graph.structured_outputs
     placeholders = graph.inputs[: len(trainable) + len(others) + len(specs)]
     order = [*(names[id(v)] for v in (*trainable, *others)), *(port.name for port in features)]

@@ -50,11 +50,22 @@ _CURES: Mapping[str, str] = {
     "StatelessRandomNormalV2": "replace GaussianNoise by Dropout",
     "StatelessRandomGammaV3": "replace AlphaDropout by Dropout",
     "StatelessTruncatedNormal": "replace random noise by Dropout",
-    "While": "replace the loop by a recurrent layer of Keras, which is unrolled, or by a fixed number of layers",
+    "NCHW": "set data_format='channels_last' and permute the examples",
+    **dict.fromkeys(
+        ("While", "StatelessWhile"),
+        "replace the loop by a recurrent layer of Keras, which is unrolled, or by a fixed number of layers",
+    ),
+    **dict.fromkeys(("If", "StatelessIf"), "compute both branches and choose with keras.ops.where"),
+    **dict.fromkeys(("PyFunc", "EagerPyFunc"), "write it with keras.ops; devices have no Python for programs"),
 }
 """Operation type -> what to use in the layer's place."""
-OTHERWISE = "replace the layer by ones of the list in docs/authoring-models.md, or freeze it (layer.trainable = False)"
+OTHERWISE = "replace the layer by ones of the list in docs/authoring-models.md, or freeze it and all before it"
 """The cure where none is known."""
+NEVER = LOOPS | {"NCHW", "PyFunc", "EagerPyFunc"}
+"""What a device cannot even run forward."""
+
+
+_ARE = "cannot be differentiated with TFLite built-ins"
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,12 +109,23 @@ def _counts(layer: Any) -> bool:
 
 
 def _missing(traced: Traced) -> dict[str, tuple[str, ...]]:
-    """Return for each layer the types of the operations that have neither a gradient nor a substitute."""
+    """Return for each layer the types of the operations that stand in the way.
+
+    A gradient flows only through what depends on a trained weight; of what comes before, the converter judges later.
+    """
     found: dict[str, set[str]] = {}
+    graph = traced.graphs[True]
     known = GRADIENTS.keys() | SUBSTITUTES.keys() | _HARMLESS | RANDOM
-    for op in traced.graphs[True].whole.get_operations():
-        if op.type not in known:
+    reached = {graph.inputs[name] for name in traced.trained}
+    for op in graph.whole.get_operations():
+        flows = any(tensor.name in reached for tensor in op.inputs)
+        if flows:
+            reached |= {tensor.name for tensor in op.outputs}
+        random = "Random" in op.type or "TruncatedNormal" in op.type
+        if ((flows or random) and op.type not in known) or op.type in NEVER:
             found.setdefault(layer_of(op.name), set()).add(op.type)
+        if "data_format" in op.node_def.attr and op.get_attr("data_format") == b"NCHW":
+            found.setdefault(layer_of(op.name), set()).add("NCHW")
     return {layer: tuple(sorted(kinds)) for layer, kinds in found.items()}
 
 
@@ -113,22 +135,27 @@ def _finding(layer: Any, missing: Sequence[str]) -> Finding:
     if parameters:
         verdict = "trains" if layer.trainable_variables else "frozen"
     if missing:
-        verdict = "cannot run" if LOOPS & set(missing) else "only infers"
+        verdict = "cannot run" if NEVER & set(missing) else "only infers"
     cure = next((_CURES[kind] for kind in missing if kind in _CURES), OTHERWISE) if missing else ""
     return Finding(layer.name, type(layer).__name__, verdict, parameters, ", ".join(missing), cure)
 
 
 def refuse(traced: Traced) -> None:
-    """Raise CannotTrain for the first layer that stands in the way of training.
+    """Raise CannotTrain for the first layer that stands in the way of training, or a constraint on a weight.
 
     Raises:
         CannotTrain: The text names the layer, the operations and the cure.
     """
+    for variable in traced.trained.values():
+        if getattr(variable, "constraint", None) is not None:
+            raise CannotTrain(
+                f"the weight {variable.path!r} has a constraint, which devices do not follow; leave it out"
+            )
     for finding in findings(traced):
         if finding.problem:
             raise CannotTrain(
-                f"layer {finding.layer!r} ({finding.kind}) {finding.verdict} on a device: no gradient there for "
-                f"{finding.problem}; {finding.cure}"
+                f"layer {finding.layer!r} ({finding.kind}) {finding.verdict} on a device: {finding.problem} "
+                f"{_ARE}; {finding.cure}"
             )
 
 
@@ -140,6 +167,3 @@ def table(found: Sequence[Finding]) -> list[str]:
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (heads, *rows)]
     cures = [f"{f.layer}: {f.problem} {_ARE}; {f.cure}" for f in found if f.problem]
     return [line.rstrip() for line in lines] + (["", *cures] if cures else [])
-
-
-_ARE = "cannot be differentiated with TFLite built-ins"

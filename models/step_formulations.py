@@ -14,8 +14,8 @@ import numpy as np
 import tensorflow as tf
 
 from models.conversion import flatbuffer_of
-from models.convolutions import HEIGHT, WIDTH, Slide, convolved, side_by_side
-from models.gradients_registry import GRADIENTS
+from models.convolutions import HEIGHT, WIDTH, Slide, WithGradient, halved, side_by_side, whole
+from models.gradients import built_in_gradients, slopes
 from models.ops import Tensor
 from sottovoce.errors import ProgramError
 from sottovoce.runtime import open_function
@@ -25,6 +25,7 @@ BATCH, SIDE, TAPS, CHANNELS, FILTERS = 10, 14, 5, 32, 64
 _TOLERANCE = 1e-2
 _SLIDE = Slide(SIDE, SIDE, tuple(range(-(TAPS // 2), TAPS // 2 + 1)))
 Formulation = Callable[..., Tensor]
+Way = Callable[[Tensor, Tensor, Slide, Slide], WithGradient]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,7 @@ def opened(question: Question) -> dict[str, Callable[[], Array]]:
     runs: dict[str, Callable[[], Array]] = {}
     wanted: Array | None = None
     for name, way in question.ways.items():
-        flatbuffer = flatbuffer_of(_named(way), kinds, what=name)
+        flatbuffer = flatbuffer_of(_named(way, [*given]), kinds, what=name)
         run = _running(flatbuffer, given)
         found = run()
         wanted = found if wanted is None else wanted
@@ -71,8 +72,8 @@ def opened(question: Question) -> dict[str, Callable[[], Array]]:
     return runs
 
 
-def _named(way: Formulation) -> Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]:
-    return lambda tensors: {"result": way(*tensors.values())}
+def _named(way: Formulation, order: Sequence[str]) -> Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]:
+    return lambda tensors: {"result": way(*(tensors[name] for name in order))}
 
 
 def _running(flatbuffer: bytes, given: Mapping[str, Array]) -> Callable[[], Array]:
@@ -136,10 +137,6 @@ def _by_taps(x: Tensor, kernel: Tensor) -> Tensor:
     return _image(_summed([tf.matmul(_rows(cut), tap) for cut, tap in zip(_cuts(x), taps, strict=True)]))
 
 
-def _in_use(x: Tensor, kernel: Tensor) -> Tensor:
-    return convolved(x, kernel, _SLIDE, _SLIDE)
-
-
 # --- The gradient for the input.
 
 
@@ -166,13 +163,13 @@ def _put_back(dy: Tensor, kernel: Tensor) -> Tensor:
     return tf.add_n(put)[:, margin : margin + SIDE, margin : margin + SIDE, :]
 
 
-def _slope(which: int) -> Formulation:
-    """Return the gradient in use, for the input (0) or the kernel (1)."""
+def _input_slope(way: Way) -> Formulation:
+    """Return the gradient for the input that belongs to a way to convolve; it reads only the shape of x."""
+    nothing = tf.TensorShape([None, SIDE, SIDE, CHANNELS])
 
-    def of(dy: Tensor, other: Tensor) -> Tensor:
-        x = tf.zeros_like(dy[..., :CHANNELS]) if which == 0 else other
-        kernel = other if which == 0 else tf.zeros([TAPS, TAPS, CHANNELS, FILTERS])
-        return tf.gradients(convolved(x, kernel, _SLIDE, _SLIDE), [x, kernel], grad_ys=dy)[which]
+    def of(dy: Tensor, kernel: Tensor) -> Tensor:
+        x = tf.ensure_shape(tf.zeros([tf.shape(dy)[0], SIDE, SIDE, CHANNELS]), nothing)
+        return way(x, kernel, _SLIDE, _SLIDE)[1](dy)[0]
 
     return of
 
@@ -198,18 +195,17 @@ def _columns_by_tap(dy: Tensor, x: Tensor) -> Tensor:
     return tf.transpose(tf.concat([tf.matmul(turned, _rows(cut)) for cut in _cuts(x)], axis=1))
 
 
+def _kernel_slope(way: Way) -> Formulation:
+    return lambda dy, x: way(x, tf.zeros([TAPS, TAPS, CHANNELS, FILTERS]), _SLIDE, _SLIDE)[1](dy)[1]
+
+
 # --- Pooling and rectifying.
 
 
-def _registered(kind: str) -> Formulation:
-    """Return the gradient in use of an operation that pools x to y."""
-
-    def of(dy: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        with tf.compat.v1.get_default_graph().gradient_override_map({kind: GRADIENTS[kind]}):
-            pooled = tf.nn.max_pool2d(x, 2, 2, "VALID")
-        return tf.gradients(pooled, x, grad_ys=dy)[0]
-
-    return of
+def _pool_in_use(dy: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    with built_in_gradients():
+        pooled = tf.nn.max_pool2d(x, 2, 2, "VALID")
+    return slopes(pooled, [x], upstream=dy)[0]
 
 
 def _pool_by_steps(hit: Callable[[Tensor, Tensor], Tensor]) -> Formulation:
@@ -218,7 +214,7 @@ def _pool_by_steps(hit: Callable[[Tensor, Tensor], Tensor]) -> Formulation:
     def of(dy: Tensor, x: Tensor, y: Tensor) -> Tensor:
         parts, rest = [], dy
         for i, j in np.ndindex(2, 2):
-            left = rest * (1.0 - hit(x[:, i::2, j::2, :], y))
+            left = rest - rest * hit(x[:, i::2, j::2, :], y)
             parts.append(rest - left)
             rest = left
         pairs = [tf.reshape(tf.stack(parts[k : k + 2], axis=3), [-1, SIDE, 2 * SIDE, CHANNELS]) for k in (0, 2)]
@@ -259,7 +255,7 @@ QUESTIONS: Mapping[str, Question] = {
             "im2col, width then height": _by_matmul(_in_two),
             "a product for each row": _by_rows,
             "a product for each tap": _by_taps,
-            "in use": _in_use,
+            "halved, in use": lambda x, kernel: halved(x, kernel, _SLIDE, _SLIDE)[0],
         },
     ),
     "input gradient": Question(
@@ -271,7 +267,8 @@ QUESTIONS: Mapping[str, Question] = {
             "im2col, kernel turned": lambda dy, kernel: _by_matmul(_at_once)(dy, _turned(kernel)),
             "a product for each row": lambda dy, kernel: _by_rows(dy, _turned(kernel)),
             "col2im": _put_back,
-            "in use": _slope(0),
+            "whole": _input_slope(whole),
+            "halved, in use": _input_slope(halved),
         },
     ),
     "kernel gradient": Question(
@@ -283,7 +280,7 @@ QUESTIONS: Mapping[str, Question] = {
             "the same, dy turned": _turned_columns,
             "a product for each row": _columns_by_row,
             "a product for each tap": _columns_by_tap,
-            "in use": _slope(1),
+            "halved, in use": _kernel_slope(halved),
         },
     ),
     "pooling gradient": Question(
@@ -291,10 +288,10 @@ QUESTIONS: Mapping[str, Question] = {
         {"dy": _X, "x": _WIDE, "y": _X},
         {
             "cut with strides": _pool_by_steps(lambda cut, y: tf.cast(tf.equal(cut, y), y.dtype)),
-            "tiles, EQUAL": _pool_by_tiles(lambda y, cut: 1.0 - tf.cast(tf.equal(cut, y), y.dtype)),
+            "tiles, NOT_EQUAL": _pool_by_tiles(lambda y, cut: tf.cast(tf.not_equal(cut, y), y.dtype)),
             "tiles, GREATER": _pool_by_tiles(lambda y, cut: tf.cast(y > cut, y.dtype)),
             "tiles, SIGN": _pool_by_tiles(lambda y, cut: tf.sign(y - cut)),
-            "in use": _registered("MaxPool"),
+            "in use": _pool_in_use,
         },
     ),
     "rectifier gradient": Question(

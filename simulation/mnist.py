@@ -133,7 +133,7 @@ class Line(msgspec.Struct, frozen=True, kw_only=True):
         seconds: From asking for the round to its sums and the new weights, without the test.
         cpu_seconds: Of this process's processor time, for everything that all devices and the coordinator do.
         bytes_up: What a device sends in the round, on average: above all its masked vector.
-        bytes_down: What a device is sent, if all it lacks are the new weights.
+        bytes_down: What a device is sent that has kept what earlier rounds published.
     """
 
     round: int

@@ -56,8 +56,8 @@ _SHOWN_WORDS = 6
 _SHOWN_SUGGESTIONS = 3
 _KEPT_BYTES = 1 << 18
 _CAPTION = (
-    f"a single phone's numbers are noise; all masks cancel in the sum; what fewer than {TERMS.threshold} people wrote is "
-    "left out; what was really written only this demonstration knows, which made the phones"
+    f"a single phone's numbers are noise; all masks cancel in the sum; what fewer than {TERMS.threshold} people wrote "
+    "is left out; what was really written only this demonstration knows, which made the phones"
 )
 
 

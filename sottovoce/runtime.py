@@ -276,7 +276,7 @@ def _check_ports(role: RoleName, ports: Sequence[Port], given: Arrays) -> None:
 
 
 def _check_batch(batch: Arrays) -> None:
-    sizes = {name: len(column) for name, column in batch.items()}
+    sizes = {name: len(column) if column.ndim else 0 for name, column in batch.items()}
     if not sizes or len(set(sizes.values())) != 1 or 0 in sizes.values():
         raise ProgramError(f"a batch needs columns of one length, at least 1; these have {sizes}")
 

@@ -106,8 +106,8 @@ def _check_table(extractor: str, sketch: WordSketch) -> None:
         )
     if shares.prod() > LARGEST_PASS:
         raise ConfigError(
-            f"{extractor}: the filter lets {shares.prod():.1%} of all words pass, more than {LARGEST_PASS:.1%}, so rare "
-            "words would leave the device too: use more rows"
+            f"{extractor}: the filter lets {shares.prod():.1%} of all words pass, more than {LARGEST_PASS:.1%}, so "
+            "rare words would leave the device too: use more rows"
         )
 
 

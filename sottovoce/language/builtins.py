@@ -78,7 +78,7 @@ class GenericBuiltin:
 def cast(dtype: object) -> GenericBuiltin:
     """Return the function that turns every number into `dtype`, towards zero where a fraction is lost; bool is 0 or 1.
 
-    What an integer dtype cannot hold becomes its smallest or largest value, and NaN 0.
+    What an integer dtype cannot hold becomes its smallest or largest value; what NaN becomes depends on the device.
 
     Args:
         dtype: Such as `"float32"`, or a dtype of numpy or TensorFlow.

@@ -43,7 +43,7 @@ EVERYBODY = [*DEVICES, "waiting", "late"]
 
 @pytest.fixture
 def talk(world: Any) -> Iterator[Any]:
-    """Four devices with messages, and a plan that counts what follows what; two of four hide enough for these owners."""
+    """Four devices with messages, and a plan that counts what follows what; two of four are enough for their owners."""
     world.policy = replace(world.policy, minimum_threshold=2)
     content, _ = counting_program("pairs", len(FIRST) * len(SECOND))
     coordinator = world.coordinator

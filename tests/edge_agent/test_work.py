@@ -129,6 +129,13 @@ def test_a_program_of_one_column_reads_the_one_column_of_a_collection(moments: t
     with pytest.raises(BadExamples, match=r"column 'x' .* is missing; the examples have acceleration, gyroscope"):
         check_examples(moments[0], {"acceleration": windows, "gyroscope": windows})
     assert list(check_examples(moments[0], {"gyroscope": windows * 2, "x": windows})) == ["x"]
+    times = np.array(["10:00", "10:01", "10:02"], object)
+    (checked,) = check_examples(moments[0], {"when": times, "acceleration": windows}).values()
+    np.testing.assert_array_equal(checked, windows)
+    with pytest.raises(BadExamples, match="column 'x'"):
+        check_examples(moments[0], {"when": times})
+    with pytest.raises(BadExamples, match="column 'x'"):
+        check_examples(moments[0], {"x": times, "acceleration": windows})
 
 
 def test_the_program_sees_only_the_columns_that_it_names(digits: tuple[Bundle, Program]) -> None:

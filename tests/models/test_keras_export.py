@@ -280,7 +280,7 @@ def test_what_the_converter_does_not_know_is_named_by_its_layer() -> None:
         ({"loss": {}}, "losses do not name the output 'last'"),
         ({"loss": "sparse_categorical_crossentropy", "metrics": ["mae"]}, "class numbers .*; use accuracy"),
         ({"metrics": ["accuracy"]}, "'accuracy' of an output with the loss mean_squared_error"),
-        ({"metrics": ["auc"]}, "the metric 'auc' does not travel"),
+        ({"metrics": ["auc"]}, "the metric 'AUC' does not travel"),
         ({"metrics": [keras.metrics.Precision()]}, "the metric 'Precision' does not travel"),
         ({"loss": "categorical_crossentropy", "metrics": ["sparse_categorical_accuracy"]}, "does not fit the labels"),
         ({"loss": "binary_crossentropy", "metrics": [keras.metrics.BinaryAccuracy(threshold=0.3)]}, "threshold"),

@@ -151,6 +151,8 @@ def test_missing_columns_and_empty_batches_are_refused(program: Program, broadca
     with pytest.raises(ProgramError, match="at least 1"):
         program.evaluate(broadcast, batch_of(0))
     with pytest.raises(ProgramError, match="at least 1"):
+        program.evaluate(broadcast, {"x": batch_of(3)["x"], "y": np.array(1, np.int32)})
+    with pytest.raises(ProgramError, match="at least 1"):
         program.infer(broadcast, {})
 
 
