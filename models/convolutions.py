@@ -181,7 +181,8 @@ def _conv2d(op: Operation, inputs: Sequence[Tensor]) -> Tensor:
 
 
 def _is_constant(tensor: Tensor) -> bool:
-    while tensor.op.type in ("Identity", "Reshape", "ExpandDims", "Squeeze"):
+    # A frozen int8 kernel is gathered, cast and scaled when the program runs (`models.keras_quantised`).
+    while tensor.op.type in ("Identity", "Reshape", "ExpandDims", "Squeeze", "Mul", "Cast", "GatherV2"):
         tensor = tensor.op.inputs[0]
     return tf.get_static_value(tensor) is not None
 

@@ -72,7 +72,8 @@ class Traced:
         graph = self.graphs[False]
         if isinstance(graph.returned, dict):
             return tuple(sorted(graph.returned))
-        names = getattr(self.model, "output_names", None) or ()
+        functional = getattr(self.model, "_functional", None) or self.model  # Sequential keeps one within.
+        names = getattr(functional, "output_names", None) or ()
         distinct = len(set(names)) == len(graph.outputs)
         return tuple(names) if distinct else tuple(str(i) for i in range(len(graph.outputs)))
 
@@ -227,9 +228,10 @@ def _traced(model: Any, features: Sequence[Port], names: Mapping[int, str], trai
         raise CannotTrain(f"the model cannot be called with an unknown batch size: {told}") from error
     for tensor in tf.nest.flatten(graph.structured_outputs[0]):
         if not tensor.shape.rank or None in tensor.shape[1:] or tensor.shape[0] is not None:
+            layer = layer_of(source_of(tensor).name)
             raise CannotTrain(
-                f"layer {layer_of(tensor.name)!r} gives the model's output the shape {tensor.shape}; it must be known "
-                "but for the batch, its first dimension: reshape to fixed lengths, with no batch size in the input"
+                f"layer {layer!r} gives the model's output the shape {tensor.shape}; it must be known but for the "
+                "batch, its first dimension: reshape to fixed lengths, with no batch size in the input"
             )
     outputs, moved, losses = graph.structured_outputs
     placeholders = graph.inputs[: len(trainable) + len(others) + len(specs)]

@@ -18,6 +18,7 @@ Every rank-0 value travels as shape [1] (a rank-0 signature input crashes the aa
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -59,7 +60,13 @@ class Port(Document, frozen=True):
     @property
     def tensor_type(self) -> TensorType:
         """The parsed type."""
-        return TensorType.parse(self.type)
+        return _parsed(self.type)
+
+
+@functools.lru_cache(maxsize=1024)
+def _parsed(notation: str) -> TensorType:
+    """Return the type; kept, because every step holds every port against it."""
+    return TensorType.parse(notation)
 
 
 class Result(Document, frozen=True):
