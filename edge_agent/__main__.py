@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import fcntl
 import logging
 import os
 import random
@@ -21,6 +20,7 @@ import msgspec
 from edge_agent.config import AgentConfig, BrokerConfig
 from edge_agent.home import Home, default_home, init_home, load_anchor, load_config, load_identity
 from sottovoce.errors import BadBundle, BadCertificate, BadExamples, ConfigError, SottovoceError
+from sottovoce.file_lock import FileLock
 from sottovoce.identity import latest_time, load_certificate
 
 if TYPE_CHECKING:
@@ -181,17 +181,12 @@ def _mqtt_settings(home: Home, broker: BrokerConfig, device: str, will: Will) ->
     )
 
 
-@contextlib.contextmanager
-def _only_one(home: Home) -> Iterator[None]:
+def _only_one(home: Home) -> FileLock:
     """Hold the home for this process: two agents with one identity would throw each other out for ever."""
-    descriptor = os.open(home.path / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError as error:
-        raise ConfigError(f"an agent already runs in {home.path}; one device has one agent") from error
-    finally:
-        os.close(descriptor)
+    lock = FileLock.take(home.path / "lock")
+    if lock is None:
+        raise ConfigError(f"an agent already runs in {home.path}; one device has one agent")
+    return lock
 
 
 # --- examples and models ----------------------------------------------------------------------------------------------

@@ -28,9 +28,10 @@ from coordinator.terms import SecAggTerms
 from edge_agent.policy import Policy, client_terms
 from edge_agent.work import prepare
 from simulation.attack import correlations, largest_by_chance, reconstruct
-from simulation.attack_report import AttackReport, Bounds, Finding, draw, findings_table, write_attack_report
+from simulation.attack_report import AttackReport, Bounds, Finding, draw, findings_table
 from simulation.attack_session import COORDINATOR, Record, enrol, hold_session, without_known_masks
 from simulation.datasets import Examples, digits
+from simulation.report import write_report
 from sottovoce.bundle import Bundle, decode_bundle
 from sottovoce.errors import ConfigError
 from sottovoce.identity import SignedContext
@@ -114,7 +115,7 @@ def run_attack(
     _print(report, console)
     console.print(f"\npicture: {image_path}")
     if report_path is not None:
-        write_attack_report(report, report_path)
+        write_report(report, report_path)
         console.print(f"report: {report_path}")
     report.check()
     return report

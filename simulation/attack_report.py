@@ -141,11 +141,6 @@ class AttackReport(msgspec.Struct, frozen=True, kw_only=True):
             raise ClaimFailed("the unmasked sum is not the plain sum of the devices' updates")
 
 
-def write_attack_report(report: AttackReport, path: Path) -> None:
-    """Write `report` as indented JSON."""
-    path.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
-
-
 def findings_table(report: AttackReport) -> Table:
     """Return each attacker's correlations with the original and the plain update, and what noise stays below."""
     table = Table(box=None, pad_edge=False)

@@ -29,7 +29,7 @@ from simulation.broker_process import BrokerProcess
 from simulation.datasets import DividedData, digits, people
 from simulation.guarded import GuardedFolder
 from simulation.overheard import Eavesdropper, Overheard
-from simulation.process_fleet import EventReader, FleetFailed, ProcessFleet, wait_until
+from simulation.process_fleet import EventReader, FleetFailed, ProcessFleet
 from sottovoce.bundle import Bundle, read_bundle
 from sottovoce.errors import SottovoceError
 from sottovoce.plan import LocalWork
@@ -43,7 +43,6 @@ BUNDLES = HERE / "bundles"
 _POLL_S = 0.05
 _STALLED_S = 180.0
 _AWAY_ROUNDS = 2
-_STARTING_TOGETHER = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,13 +126,7 @@ class Demonstration:
         """
         reader = EventReader(fleet.events)
         fleet.start_coordinator()
-        for device in self.devices:
-            # A few at a time: every Pi has its own processor, these share one machine.
-            wait_until(
-                lambda: eavesdropper.absent(fleet.started_s) < _STARTING_TOGETHER,
-                deadline_s=_STALLED_S,
-            )
-            fleet.start_agent(device)
+        fleet.start_agents(self.devices, absent=eavesdropper.absent)
         last_event = time.monotonic()
         with Live(self._display(), console=console, refresh_per_second=4) as live:
             while fleet.watch() is None:

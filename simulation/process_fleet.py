@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +30,8 @@ from sottovoce.errors import SottovoceError
 
 FLEET = "demo"
 _GRACE_S = 10.0
+_STARTING_TOGETHER = 2
+_ONLINE_S = 180.0
 
 
 class FleetFailed(SottovoceError):
@@ -146,6 +148,27 @@ class ProcessFleet:
         """Start the resident agent of `device`."""
         self.started_s.setdefault(device, time.monotonic())
         self._agents[device] = self._spawn("edge_agent", "run", "--home", str(self.home(device).path), log=device)
+
+    def start_agents(self, devices: Sequence[str], *, absent: Callable[[Iterable[str]], int]) -> None:
+        """Start the agents of `devices` and return when all are online; a few at a time, for they share one machine.
+
+        Args:
+            devices: Whose.
+            absent: Returns how many of some devices are not online yet.
+
+        Raises:
+            FleetFailed: A process ended.
+            TimeoutError: An agent does not come online.
+        """
+
+        def at_most_absent(count: int) -> bool:
+            self.watch()
+            return absent(self.started_s) <= count
+
+        for device in devices:
+            wait_until(lambda: at_most_absent(_STARTING_TOGETHER - 1), deadline_s=_ONLINE_S)
+            self.start_agent(device)
+        wait_until(lambda: at_most_absent(0), deadline_s=_ONLINE_S)
 
     def agent_pid(self, device: str) -> int:
         """Return the process id of the running agent of `device`."""

@@ -62,8 +62,8 @@ class DemoReport(msgspec.Struct, frozen=True, kw_only=True):
     seconds_total: float
 
 
-def write_report(report: DemoReport, path: Path) -> None:
-    """Write `report` as indented JSON."""
+def write_report(report: msgspec.Struct, path: Path) -> None:
+    """Write the report of any demonstration as indented JSON."""
     path.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
 
 

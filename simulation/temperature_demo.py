@@ -11,9 +11,8 @@ from __future__ import annotations
 import argparse
 import csv
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -24,20 +23,17 @@ from coordinator import connect
 from simulation.broker_process import BrokerProcess
 from simulation.guarded import GuardedFolder
 from simulation.overheard import Eavesdropper
-from simulation.process_fleet import ProcessFleet, wait_until
+from simulation.process_fleet import ProcessFleet
+from simulation.report import write_report
+from sottovoce.ask import ask_saved
 from sottovoce.errors import ConfigError
-from sottovoce.language.arguments import DeviceValues
-from sottovoce.language.ports import Rounds
 from sottovoce.language.saved import load_lowered
-from sottovoce.values import to_value
 from sottovoce.wire.messages import Mode
 
 COLLECTION = "temperature"
 DEFAULT_DEVICES = 20
 THRESHOLD = 21.0
 _BUNDLES = Path(__file__).resolve().parent / "bundles"
-_STARTING_TOGETHER = 2
-_READY_S = 120.0
 _SHOWN_DEVICES = 3
 
 
@@ -97,7 +93,8 @@ def main(options: argparse.Namespace, console: Console) -> TemperatureReport:
         )
         with Eavesdropper(broker, offset=0, count=4) as eavesdropper:
             with console.status("the agents start and read their thermometers"):
-                _start(fleet, eavesdropper, list(readings))
+                fleet.start_coordinator(until_done=False)
+                fleet.start_agents(list(readings), absent=eavesdropper.absent)
             answers = _ask_programs(fleet, list(readings.values()), console, mode=options.mode)
             eavesdropper.listen()
             overheard = eavesdropper.last
@@ -122,7 +119,7 @@ def main(options: argparse.Namespace, console: Console) -> TemperatureReport:
         )
     console.print(f"\nlargest agent {result.agent_rss_mb_max:.0f} MB, {result.seconds_total:.0f} s in all")
     if options.report:
-        options.report.write_bytes(msgspec.json.format(msgspec.json.encode(result)) + b"\n")
+        write_report(result, options.report)
         console.print(f"report: {options.report}")
     return result
 
@@ -155,15 +152,6 @@ def _prepare(fleet: ProcessFleet, readings: Mapping[str, float], *, mode: Mode) 
             settings.write(f'\n[source.{COLLECTION}]\nkind = "file"\npath = "{thermometer}"\nevery_s = 1\n')
 
 
-def _start(fleet: ProcessFleet, eavesdropper: Eavesdropper, devices: list[str]) -> None:
-    fleet.start_coordinator(until_done=False)
-    for device in devices:
-        # A few at a time: every Pi has its own processor, these share one machine.
-        wait_until(lambda: eavesdropper.absent(fleet.started_s) < _STARTING_TOGETHER, deadline_s=_READY_S)
-        fleet.start_agent(device)
-    wait_until(lambda: eavesdropper.absent(fleet.started_s) == 0, deadline_s=_READY_S)
-
-
 def _ask_programs(fleet: ProcessFleet, readings: list[float], console: Console, *, mode: Mode) -> list[Answer]:
     threshold = np.float32(THRESHOLD)
     plain = np.array(readings, np.float32)
@@ -181,22 +169,12 @@ def _ask_programs(fleet: ProcessFleet, readings: list[float], console: Console, 
     with connect(fleet.config, goal=len(readings), minimum=minimum, mode=mode) as rounds:
         for words, name, given, expected in questions:
             with console.status(words):
-                ask = _question(rounds, name, given)
+                lowered = load_lowered(_BUNDLES / f"{name}.svc")
                 before = time.monotonic()
-                answers.append(Answer(question=words, fleet=ask(), plain=expected, seconds=time.monotonic() - before))
+                found = float(ask_saved(rounds, lowered, COLLECTION, given))
+                answers.append(Answer(question=words, fleet=found, plain=expected, seconds=time.monotonic() - before))
             fleet.watch()
     return answers
-
-
-def _question(rounds: Rounds, name: str, given: Mapping[str, object]) -> Callable[[], float]:
-    lowered = load_lowered(_BUNDLES / f"{name}.svc")
-    arguments: dict[str, Any] = {
-        parameter: to_value(kind, given[parameter], what=parameter)
-        if parameter in given
-        else DeviceValues("latest", COLLECTION)
-        for parameter, kind in lowered.parameters
-    }
-    return lambda: float(lowered.result(arguments, rounds.run(lowered.request(arguments))))
 
 
 def _ask_commands(fleet: ProcessFleet, console: Console, *, mode: Mode) -> tuple[dict[str, str], dict[str, float]]:

@@ -29,6 +29,7 @@ from simulation.broker_process import BrokerProcess
 from simulation.guarded import GuardedFolder
 from simulation.overheard import Eavesdropper
 from simulation.process_fleet import ProcessFleet, wait_until
+from simulation.report import write_report
 from sottovoce.errors import ConfigError
 from sottovoce.language.analytics import NextWords, next_words
 from sottovoce.language.arguments import DeviceValues
@@ -48,8 +49,6 @@ TERMS = CountTerms(most=5, entries=200, threshold=3, publish=True)
 WORD = "good"
 _PLAN = "next_words"
 _MAX_WORDS = 200
-_STARTING_TOGETHER = 2
-_READY_S = 120.0
 _PUBLISHED_S = 30.0
 _SHOWN_DEVICES = 4
 _SHOWN_WORDS = 6
@@ -130,7 +129,8 @@ def main(options: argparse.Namespace, console: Console) -> WordsReport:
         console.print(f"broker on {broker.host}:{broker.port} ({broker.description}), {len(people)} agent processes")
         with Eavesdropper(broker, offset=0, keep_bytes=_KEPT_BYTES) as eavesdropper:
             with console.status("the agents start"):
-                _start(fleet, eavesdropper, list(people))
+                fleet.start_coordinator(until_done=False)
+                fleet.start_agents(list(people), absent=eavesdropper.absent)
             seconds["start"] = time.monotonic() - started
             with connect(fleet.config, cohort=cohort, mode=options.mode):
                 vocabulary, entries = _discover(console, seconds)
@@ -162,7 +162,7 @@ def main(options: argparse.Namespace, console: Console) -> WordsReport:
     )
     console.print(f"\nlargest agent {result.agent_rss_mb_max:.0f} MB, {result.seconds_total:.0f} s in all")
     if options.report:
-        options.report.write_bytes(msgspec.json.format(msgspec.json.encode(result)) + b"\n")
+        write_report(result, options.report)
         console.print(f"report: {options.report}")
     return result
 
@@ -223,15 +223,6 @@ def _prepare(fleet: ProcessFleet, people: Mapping[str, Sequence[str]], *, mode: 
         file.unlink()
         # These owners allow the fleet to ask for words that it does not list; by default nobody does.
         fleet.allow(device, modes=f'["{mode}"]', minimum_cohort=min(len(people), 10), discovery="true")
-
-
-def _start(fleet: ProcessFleet, eavesdropper: Eavesdropper, devices: list[str]) -> None:
-    fleet.start_coordinator(until_done=False)
-    for device in devices:
-        # A few at a time: every phone has its own processor, these share one machine.
-        wait_until(lambda: eavesdropper.absent(fleet.started_s) < _STARTING_TOGETHER, deadline_s=_READY_S)
-        fleet.start_agent(device)
-    wait_until(lambda: eavesdropper.absent(fleet.started_s) == 0, deadline_s=_READY_S)
 
 
 def _discover(console: Console, seconds: dict[str, float]) -> tuple[list[str], int]:

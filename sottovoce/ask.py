@@ -6,6 +6,7 @@ and a collection. One question is one round, a quantile two or three.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import numpy as np
 
 from sottovoce.errors import ConfigError
 from sottovoce.language.arguments import DeviceValues
+from sottovoce.language.lowered import Lowered
 from sottovoce.language.ports import Rounds
 from sottovoce.language.saved import load_lowered
 from sottovoce.types import Array
@@ -89,7 +91,7 @@ def ask_mean(rounds: Rounds, collection: str, *, low: float = -WIDEST, high: flo
         RoundAbandoned: The fleet gave no answer.
     """
     _check_window(low, high)
-    found = _ask(rounds, "mean", collection, {"window": {"low": low, "high": high}})
+    found = ask_saved(rounds, _question("mean"), collection, {"window": {"low": low, "high": high}})
     return Mean(float(found.mean), int(found.devices))
 
 
@@ -100,7 +102,7 @@ def ask_fraction(
     if (above is None) == (below is None):
         raise ConfigError("a fraction needs one threshold: --above X or --below X")
     threshold, sign = (above, 1.0) if above is not None else (below, -1.0)
-    found = _ask(rounds, "fraction", collection, {"limit": {"threshold": threshold, "sign": sign}})
+    found = ask_saved(rounds, _question("fraction"), collection, {"limit": {"threshold": threshold, "sign": sign}})
     return Fraction(float(found.fraction), int(found.devices))
 
 
@@ -111,7 +113,7 @@ def ask_histogram(rounds: Rounds, collection: str, *, low: float, high: float, b
         raise ConfigError(f"--bins {bins}: a histogram has 1 to {BINS} bins")
     edges = np.linspace(low, high, bins + 1)
     padded = np.append(edges, np.full(BINS - bins, _LARGEST))
-    found = _ask(rounds, "histogram", collection, {"edges": padded.astype(np.float32)})
+    found = ask_saved(rounds, _question("histogram"), collection, {"edges": padded.astype(np.float32)})
     return Histogram(edges, np.asarray(found.counts[:bins], np.int64), int(found.devices))
 
 
@@ -136,7 +138,7 @@ def ask_quantile(rounds: Rounds, collection: str, *, low: float, high: float, fr
         # The outermost bins hold what is below and above the window, so that every device is counted somewhere.
         inner = np.linspace(low, high, BINS - 1).astype(np.float32)
         edges = np.concatenate([[-_LARGEST], inner, [_LARGEST]]).astype(np.float32)
-        found = _ask(rounds, "histogram", collection, {"edges": edges})
+        found = ask_saved(rounds, _question("histogram"), collection, {"edges": edges})
         below = np.cumsum(found.counts)
         at = int(np.searchsorted(below, max(1.0, math.ceil(fraction * float(below[-1])))))
         if at in (0, BINS - 1):
@@ -152,10 +154,27 @@ def _check_window(low: float, high: float) -> None:
         raise ConfigError(f"the window --low {low:g} --high {high:g} must be two finite numbers, the lower one first")
 
 
-def _ask(rounds: Rounds, question: str, collection: str, given: Mapping[str, object]) -> Any:
-    lowered = load_lowered(QUESTIONS / f"{question}.svc")
+def ask_saved(rounds: Rounds, lowered: Lowered, collection: str, given: Mapping[str, object]) -> Any:
+    """Return the result of a saved computation over the newest examples of a collection on every device.
+
+    Args:
+        rounds: The fleet.
+        lowered: What `load_lowered` returned.
+        collection: What it reads on the devices.
+        given: Its arguments at SERVER by name.
+
+    Raises:
+        TypeMismatch: One of them is not of its type.
+        RoundAbandoned: The fleet gave no answer.
+    """
     arguments = {
         name: DeviceValues("latest", collection) if at in lowered.members else to_value(kind, given[name], what=name)
         for at, (name, kind) in enumerate(lowered.parameters)
     }
     return lowered.result(arguments, rounds.run(lowered.request(arguments)))
+
+
+@functools.cache
+def _question(name: str) -> Lowered:
+    """Load a question once: a quantile asks the same one several times."""
+    return load_lowered(QUESTIONS / f"{name}.svc")
