@@ -101,6 +101,7 @@ class AgentConfig:
         fleet: The fleet it belongs to.
         broker: Where to find it.
         runtime: Which TFLite runtime runs the programs.
+        checkpoint_s: Least seconds between two checkpoints of a training that goes on; a kill loses no more work.
         policy: What the owner allows.
         retention: Collection -> how long its examples are kept; a collection that is not named is kept whole.
         source: Collection -> where its examples come from by themselves, while the agent runs.
@@ -110,6 +111,7 @@ class AgentConfig:
     fleet: str
     broker: BrokerConfig
     runtime: RuntimeName = "auto"
+    checkpoint_s: float = 5.0
     policy: Policy = field(default_factory=Policy)
     retention: Mapping[str, Retention] = field(default_factory=dict)
     source: Mapping[str, SourceConfig] = field(default_factory=dict)
@@ -119,6 +121,8 @@ class AgentConfig:
         for key, text in (("device", self.device), ("fleet", self.fleet)):
             if not NAME.fullmatch(text):
                 raise ConfigError(f"{key} is {text!r}; it must be 1 to 64 characters of A-Z a-z 0-9 _ -")
+        if not 0 <= self.checkpoint_s <= 3600:
+            raise ConfigError(f"checkpoint_s is {self.checkpoint_s:g}; it must be 0 to 3600 seconds")
 
 
 def parse_config(text: str, *, path: Path) -> AgentConfig:
@@ -198,6 +202,10 @@ fleet = "{fleet}"
 
 # Which TFLite runtime runs the programs: "auto" (the first one installed), "litert" or "tflite".
 # runtime = "auto"
+
+# A training that goes on is written down at most so often, in seconds: less wear for the SD card, but a kill loses as
+# much work. 0 writes after every batch.
+# checkpoint_s = 5
 
 [broker]
 host = "{host}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,6 +144,8 @@ class Performer:
             self._client_states,
             runtime=setup.config.runtime,
             threads=setup.config.policy.threads,
+            clock=setup.clock,
+            checkpoint_ms=round(setup.config.checkpoint_s * 1000),
             entropy=setup.entropy,
             log=log.info,
         )
@@ -175,11 +178,10 @@ class Performer:
             log.warning("the examples of this device's sources are not kept: %s", error)
 
     def close(self) -> None:
-        """Close the device's files and sources."""
-        self._sources.close()
-        self.ledger.close()
-        self._examples.close()
-        self._client_states.close()
+        """Keep the work where it is; close the device's files and sources."""
+        with ExitStack() as files:
+            for opened in (self._client_states, self._examples, self.ledger, self._sources, self.bench):
+                files.callback(opened.close)
 
     def _connect_nearby(self, collection: str, source: SourceConfig) -> Transport:
         from edge_agent.local_broker import connect  # A device without such a source needs no MQTT library for it.

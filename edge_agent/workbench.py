@@ -1,7 +1,8 @@
-"""Runs the program of a plan one batch at a time, so that the agent's loop stays awake; each leaves a checkpoint.
+"""Runs the program of a plan one batch at a time, so that the agent's loop stays awake, and keeps checkpoints.
 
 The TFLite runtime is imported when there is work for the first time, and the last program stays open. What is kept on
-disk is sealed (`edge_agent.pending`): after a kill the work goes on with the batch that was cut off.
+disk is sealed (`edge_agent.pending`): after a kill the work goes on from the last checkpoint, which is at most as many
+seconds old as the owner has set; after an orderly stop with the next batch.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ class _Running:
     work: Work
     state: WorkState
     base: str
+    kept_ms: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +79,8 @@ class Workbench:
         *,
         runtime: RuntimeName,
         threads: int,
+        clock: Callable[[], int],
+        checkpoint_ms: int,
         entropy: Callable[[int], bytes],
         log: Callable[[str], None],
     ) -> None:
@@ -87,6 +91,8 @@ class Workbench:
             client_states: What the programs keep on this device.
             runtime: Which TFLite runtime.
             threads: Processor threads of one invocation.
+            clock: The time, milliseconds; never goes back.
+            checkpoint_ms: Least time between two checkpoints; 0 keeps one after every batch.
             entropy: The system's entropy; every new piece of work draws a fresh seed from it.
             log: Told, in words, what happens.
         """
@@ -94,6 +100,8 @@ class Workbench:
         self._client_states = client_states
         self._runtime: RuntimeName = runtime
         self._threads = threads
+        self._clock = clock
+        self._checkpoint_ms = checkpoint_ms
         self._entropy = entropy
         self._log = log
         self._opened: _Opened | None = None
@@ -142,12 +150,12 @@ class Workbench:
             client_state=reading.values,
             extraction=plan.extraction,
         )
-        self._running = _Running(assignment, work, self._first_state(assignment, work), reading.base)
+        self._running = _Running(assignment, work, self._first_state(assignment, work), reading.base, self._clock())
         self.batches = 0
         return False
 
     def run_batch(self) -> bool:
-        """Run one batch and keep the checkpoint, or the result after the last one; return True if that is done.
+        """Run one batch; keep a checkpoint when it is time, the result after the last one; return True if that is done.
 
         Raises:
             ProgramError: The runtime failed or the training diverged; the work is dropped.
@@ -168,12 +176,23 @@ class Workbench:
             self._pending.erase("checkpoint", running.assignment.key)
             self.stop()
             raise
-        self._save(running, "checkpoint", running.work.checkpoint(running.state))
+        if self._clock() - running.kept_ms >= self._checkpoint_ms:
+            self._keep_checkpoint(running)
         return False
 
     def stop(self) -> None:
         """Leave the work where it is; its last checkpoint stays."""
         self._running = None
+
+    def close(self) -> None:
+        """Leave the work where it is, with a checkpoint of just that.
+
+        Raises:
+            ConfigError: The disk cannot be written.
+        """
+        if self._running is not None:
+            self._keep_checkpoint(self._running)
+        self.stop()
 
     def load(self, plan: bytes, state: bytes, *, now_ms: int) -> Contribution:
         """Return the finished result.
@@ -251,6 +270,10 @@ class Workbench:
         self._save(running, "result", encode_contribution(contribution))
         self._pending.erase("checkpoint", running.assignment.key)
         self._log(f"ran {self.batches} batches over {result.weight} examples")
+
+    def _keep_checkpoint(self, running: _Running) -> None:
+        self._save(running, "checkpoint", running.work.checkpoint(running.state))
+        running.kept_ms = self._clock()
 
     def _save(self, running: _Running, kind: str, content: bytes) -> None:
         assignment = running.assignment

@@ -307,6 +307,7 @@ class World:
     clock: FakeClock
     policy: Policy
     at: datetime.datetime = AT
+    checkpoint_s: float = 0.0
     agents: dict[str, Agent] = field(default_factory=dict)
     homes: dict[str, Home] = field(default_factory=dict)
 
@@ -339,6 +340,7 @@ class World:
             device=name,
             fleet=self.authority.fleet,
             broker=BrokerConfig(host="127.0.0.1", tls=False),
+            checkpoint_s=self.checkpoint_s,
             policy=self.policy,
         )
         return Setup(
@@ -370,6 +372,7 @@ class World:
         """The process is gone without a word: what it had in memory is lost, its disk stays."""
         self.broker.disconnect(name)
         agent = self.agents.pop(name)
+        agent._bench.stop()
         agent._hands.close()
 
     def settle(self, *, limit: int = 20_000) -> None:

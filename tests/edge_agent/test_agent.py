@@ -580,6 +580,42 @@ def test_killed_in_training_a_device_goes_on_with_the_next_batch(world: Any) -> 
     assert isinstance(world.coordinator.last("pi-0"), Ready)
 
 
+def test_a_checkpoint_is_written_only_when_the_last_one_is_old_enough(world: Any) -> None:
+    world.checkpoint_s = 5.0
+    world.coordinator.plan = slow_plan(world)
+    world.enrol("pi-0")
+    agent = world.start("pi-0")
+    world.coordinator.announce()
+    world.settle()
+    world.coordinator.select(["pi-0"])
+    world.until(lambda: agent._bench.batches == 7)
+    assert not list(world.homes["pi-0"].pending.glob("checkpoint-*"))
+    world.pass_time(5000)
+    world.until(lambda: agent._bench.batches == 8)  # This one is kept.
+    world.until(lambda: agent._bench.batches == 11)
+    agent = restart(world, "pi-0")
+    world.settle()
+    assert world.state_of("pi-0") == "Waiting"
+    assert 8 + agent._bench.batches == 20 * 20 // 2
+
+
+def test_stopped_in_an_orderly_way_in_training_a_device_goes_on_with_the_next_batch(world: Any) -> None:
+    world.checkpoint_s = 3600.0
+    world.coordinator.plan = slow_plan(world)
+    world.enrol("pi-0")
+    agent = world.start("pi-0")
+    world.coordinator.announce()
+    world.settle()
+    world.coordinator.select(["pi-0"])
+    world.until(lambda: agent._bench.batches == 7)
+    agent.close()
+    del world.agents["pi-0"]
+    agent = world.start("pi-0")
+    world.settle()
+    assert world.state_of("pi-0") == "Waiting"
+    assert 7 + agent._bench.batches == 20 * 20 // 2
+
+
 def test_killed_while_it_waits_a_device_says_ready_again_and_joins(world: Any) -> None:
     devices = world.fleet(4)
     world.train(devices)

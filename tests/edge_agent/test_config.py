@@ -81,6 +81,7 @@ def test_everything_can_be_said() -> None:
         (MINIMAL + "[policy]\nthreads = 0", r"policy\.threads is 0; it must be 1 to 64"),
         (MINIMAL + "port = 70000", r"broker\.port is 70000"),
         (MINIMAL + 'protocol = "4"', r"broker\.protocol: Invalid enum value '4'"),
+        ("checkpoint_s = -1\n" + MINIMAL, r"checkpoint_s is -1; it must be 0 to 3600 seconds"),
         (MINIMAL + "keepalive_s = 0", r"broker\.keepalive_s is 0"),
         (
             MINIMAL + "tls = false",

@@ -84,9 +84,9 @@ def stage(world_of_today: Any, tmp_path: Path) -> Iterator[Stage]:
         home = world.enrol("pi-0", port=broker.port)
         settings_text = home.config.read_text()
         home.config.write_text(
-            settings_text.replace("# minimum_cohort = 10", "minimum_cohort = 3").replace(
-                "# minimum_honest_survivors = 5", "minimum_honest_survivors = 2"
-            )
+            settings_text.replace("# minimum_cohort = 10", "minimum_cohort = 3")
+            .replace("# minimum_honest_survivors = 5", "minimum_honest_survivors = 2")
+            .replace("# checkpoint_s = 5", "checkpoint_s = 0")
         )
         certificate = world.setup("pi-0").identity.certificate
         world.coordinator.certificates[certificate.fingerprint] = certificate
