@@ -36,7 +36,7 @@ from sottovoce.bundle import decode_bundle, encode_bundle, with_initial
 from sottovoce.errors import ConfigError, ProgramError, SottovoceError
 from sottovoce.file_lock import FileLock
 from sottovoce.identity import latest_time
-from sottovoce.secagg.server_steps import Spread
+from sottovoce.secagg.mask_removal import Spread
 from sottovoce.tensors import decode_tensors
 from sottovoce.transport.base import Transport
 from sottovoce.transport.mqtt import MqttTransport

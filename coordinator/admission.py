@@ -1,7 +1,7 @@
 """From a delivery to something verified: the order is always length, structure, certificate, signature, addressee.
 
 Nothing that comes out of here is unverified but two things that need no belief: a chunk of a masked vector (the round
-holds it against the digests its device signed), and hints of devices that have never checked in, whose certificate is
+holds it against the tags its device signed), and hints of devices that have never checked in, whose certificate is
 not known yet: that they are connected, or that they will not take part. Hints only shorten or lengthen the waiting.
 """
 
@@ -42,7 +42,7 @@ class StatusHint:
 
 @dataclass(frozen=True, slots=True)
 class DeviceChunk:
-    """A chunk of a masked vector, not yet held against its digest."""
+    """A chunk of a masked vector, not yet held against its tag."""
 
     device: str
     chunk: VectorChunk

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from sottovoce.errors import RemoteProtocolError
-from sottovoce.plan import BlobRef
+from sottovoce.secagg.uploads import ExpectedVector
 from sottovoce.wire.chunks import Assembly, Chunk
 from sottovoce.wire.messages import UploadSlot
 
@@ -25,7 +25,7 @@ class NoSlot(RemoteProtocolError):
 
 @dataclass(slots=True)
 class _Upload:
-    assembly: Assembly
+    assembly: Assembly[ExpectedVector]
     moved_ms: int
 
 
@@ -40,11 +40,11 @@ class UploadSlots:
     def __init__(self, *, limit: int, idle_ms: int) -> None:
         self._limit = limit
         self._idle_ms = idle_ms
-        self._waiting: OrderedDict[str, BlobRef] = OrderedDict()
+        self._waiting: OrderedDict[str, ExpectedVector] = OrderedDict()
         self._uploads: dict[str, _Upload] = {}
         self._done: dict[str, int] = {}
 
-    def enqueue(self, device: str, ref: BlobRef) -> None:
+    def enqueue(self, device: str, ref: ExpectedVector) -> None:
         """Put `device` into the queue with the vector it announced; a repeat changes nothing."""
         if device not in self._uploads and device not in self._done:
             self._waiting.setdefault(device, ref)
@@ -62,14 +62,14 @@ class UploadSlots:
             self._uploads[device] = _Upload(Assembly(self._waiting.pop(device)), now_ms)
         return granted
 
-    def add_chunk(self, device: str, index: int, content: Chunk, now_ms: int) -> Assembly | None:
+    def add_chunk(self, device: str, index: int, content: Chunk, now_ms: int) -> Assembly[ExpectedVector] | None:
         """Put a chunk in its place; return the vector's assembly when this was the last one.
 
         A chunk that comes once more after its vector was complete changes nothing.
 
         Raises:
             NoSlot: The device holds no slot.
-            BadBlob: The chunk does not match the digest that the device signed.
+            BadBlob: The chunk does not match the tag that the device signed.
         """
         if device in self._done:
             return None

@@ -30,12 +30,30 @@ class Fleet:
         self._anchor = anchor
         self._live: dict[str, Certificate] = {}
         self._online: dict[str, bool] = {}
+        self._out: set[str] = set()
 
     def restore(self, known: Iterable[bytes], *, at: datetime.datetime) -> None:
         """Admit the certificates (DER) that the journal remembers; what is expired or revoked by now stays out."""
         for der in known:
             with contextlib.suppress(BadCertificate):
                 self.admit(self.verify(der, at=at))
+
+    def revoke(self, serials: Iterable[int], *, at: datetime.datetime) -> list[str]:
+        """Believe no certificate with one of these serial numbers any more; return the devices that are out by it.
+
+        Args:
+            serials: All that are revoked.
+            at: The time to judge certificates by.
+        """
+        self._anchor.revoke(serials)
+        live = list(self._live.values())
+        self._live.clear()
+        self.restore([certificate.der for certificate in live], at=at)
+        out = {certificate.name for certificate in live} - self._live.keys()
+        for device in out:
+            self._online.pop(device, None)  # Nobody waits for what it says of itself.
+        self._out |= out
+        return sorted(out)
 
     def verify(self, der: bytes, *, at: datetime.datetime) -> Certificate:
         """Return the verified certificate `der` of a device, unless a newer one of the same device is known.
@@ -53,6 +71,7 @@ class Fleet:
     def admit(self, certificate: Certificate) -> None:
         """Make `certificate` the live one of its device; call it once its holder has proved to have the key."""
         self._live[certificate.name] = certificate
+        self._out.discard(certificate.name)
 
     def certificate(self, device: str, *, fingerprint: bytes, at: datetime.datetime) -> Certificate:
         """Return the live certificate of `device`, still valid at `at`.
@@ -73,6 +92,8 @@ class Fleet:
     def note_status(self, device: str, *, online: bool) -> bool:
         """Keep a status hint; return whether it changed. Hints shorten waiting and decide nothing else."""
         if device not in self._live and device not in self._online and len(self._online) >= _MOST_HINTS:
+            return False
+        if device in self._out:
             return False
         changed = self._online.get(device) != online
         self._online[device] = online

@@ -6,6 +6,7 @@ import datetime
 from collections.abc import Callable
 from pathlib import Path
 
+from coordinator.revocation import RevocationList
 from coordinator.sequence import Setup
 from coordinator.settings import SETTINGS_TEMPLATE, BrokerSettings, CoordinatorSettings
 from sottovoce.errors import BadCertificate, ConfigError
@@ -15,7 +16,6 @@ from sottovoce.identity import (
     key_to_pem,
     load_certificate,
     load_key,
-    load_revoked,
     new_key,
     read_secret_file,
     signing_request,
@@ -64,12 +64,10 @@ def load_setup(settings: CoordinatorSettings, *, at: datetime.datetime, entropy:
             "offline, copy only the certificate here"
         )
     certificate = load_certificate(authority)
+    revoked = RevocationList(settings.revoked, certificate) if settings.revoked else None
+    anchor = TrustAnchor(certificate, revoked_serials=revoked.read() if revoked else ())
     try:
-        revoked = load_revoked(settings.revoked.read_bytes(), certificate) if settings.revoked else frozenset()
-        anchor = TrustAnchor(certificate, revoked_serials=tuple(revoked))
         identity = _identity(settings, anchor, at)
-    except OSError as error:
-        raise ConfigError(f"cannot read {settings.revoked}: {error.strerror}") from error
     except BadCertificate as error:
         raise ConfigError(f"{settings.certificate}: {error}; have `fleet-ca sign` make a new one") from error
     return Setup(
@@ -78,6 +76,7 @@ def load_setup(settings: CoordinatorSettings, *, at: datetime.datetime, entropy:
         chunk_bytes=settings.broker.chunk_bytes,
         uploads=settings.uploads,
         entropy=entropy,
+        revoked=revoked,
     )
 
 

@@ -14,7 +14,7 @@ from coordinator.aggregation import UploadSlots
 from sottovoce.plan import Plan
 from sottovoce.secagg.lanes import Aggregate
 from sottovoce.secagg.server import ServerSession
-from sottovoce.wire.messages import Message, Mode, SecAggParameters
+from sottovoce.wire.messages import Message, Mode
 
 Dropped: TypeAlias = Mapping[str, tuple[str, ...]]
 NO_SESSION = bytes(32)
@@ -128,7 +128,6 @@ class Reporting:
         cohort: Devices that were selected.
         invited: Device -> whether it said it would stay connected; those asked to advertise keys.
         withdrawn: Devices that gave up.
-        parameters: Of the session.
         session: The server's side of secure aggregation.
         uploads: Who may upload now.
         stage: The stage that is open: a name of `sottovoce.secagg.server.STAGE_NAMES`.
@@ -140,7 +139,6 @@ class Reporting:
     cohort: frozenset[str]
     invited: Mapping[str, bool]
     withdrawn: frozenset[str]
-    parameters: SecAggParameters
     session: ServerSession = field(repr=False)
     uploads: UploadSlots = field(repr=False)
     stage: str

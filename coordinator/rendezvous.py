@@ -31,13 +31,11 @@ from sottovoce.errors import RemoteProtocolError, RoundAbandoned
 from sottovoce.identity import SignedContext
 from sottovoce.secagg.graph import BASIS_POINTS, COMPLETE_GRAPH_LIMIT, GraphParameters, degree, threshold
 from sottovoce.secagg.lanes import decode, layout_of
+from sottovoce.secagg.mask_removal import Spread
 from sottovoce.secagg.server import STAGE_NAMES, Reply, ServerSession
-from sottovoce.secagg.server_steps import Spread
 from sottovoce.wire.chunks import VectorChunk
 from sottovoce.wire.codec import ALL, Opened
 from sottovoce.wire.messages import (
-    AdvertiseKeysRequest,
-    MaskedInput,
     Ready,
     RoundOver,
     SecAggParameters,
@@ -114,13 +112,13 @@ def open_rendezvous(
 ) -> tuple[Phase, list[Effect]]:
     """Return the reporting phase: the `ready` devices of the cohort are asked for keys; the rest may still come."""
     agenda, terms = situation.agenda, situation.terms
-    parameters = parameters_of(terms, agenda, fast_aes=all(cohort[device] for device in ready))
     session = ServerSession(
         context=SignedContext(agenda.coordinator, ALL, agenda.fleet, agenda.round, agenda.attempt),
         plan=agenda.plan.digest,
         state=agenda.state,
-        parameters=parameters,
+        parameters=parameters_of(terms, agenda, fast_aes=all(cohort[device] for device in ready)),
         expected=cohort.keys() - withdrawn,
+        entropy=situation.entropy,
         graph_rule=lambda members: graph_of(terms, members),
         spread=situation.spread,
     )
@@ -128,7 +126,6 @@ def open_rendezvous(
         cohort=frozenset(cohort),
         invited=dict(ready),
         withdrawn=withdrawn,
-        parameters=parameters,
         session=session,
         uploads=UploadSlots(limit=terms.slots, idle_ms=terms.slot_idle_ms),
         stage="advertise_keys",
@@ -137,7 +134,7 @@ def open_rendezvous(
         stage_closes_ms=situation.now_ms + terms.stage_ms,
         dropped={},
     )
-    invitations = [Send(device, AdvertiseKeysRequest(parameters)) for device in sorted(ready)]
+    invitations = [Send(device, session.invitation) for device in sorted(ready)]
     invited = frozenset(ready)
     return phase, [RendezvousOpened(invited), StageOpened("advertise_keys", invited), *invitations]
 
@@ -151,7 +148,7 @@ def late_ready(situation: Situation, phase: Reporting, opened: Opened[Any]) -> t
     if not phase.advertising:
         return phase, [Send(device, RoundOver(reason="late"))]
     invited = {**phase.invited, device: message.present}
-    request = Send(device, AdvertiseKeysRequest(phase.parameters))
+    request = Send(device, phase.session.invitation)
     return replace(phase, invited=invited, expected=phase.expected | {device}), [request]
 
 
@@ -164,10 +161,11 @@ def session_message(situation: Situation, phase: Reporting, opened: Opened[Any])
 
 def masked_input(situation: Situation, phase: Reporting, opened: Opened[Any]) -> tuple[Phase, list[Effect]]:
     """Give a masked input's announcement to the session and its device an upload slot, or a place in the queue."""
-    device, message = opened.certificate.name, opened.message
-    assert isinstance(message, MaskedInput)
+    device = opened.certificate.name
     _, effects = session_message(situation, phase, opened)
-    phase.uploads.enqueue(device, message.vector)
+    expected = phase.session.expected_vector(device)
+    if expected is not None:  # Else it is a repeat, and the vector is in the sum.
+        phase.uploads.enqueue(device, expected)
     return phase, [*effects, *granted(situation, phase)]
 
 

@@ -14,6 +14,7 @@ import msgspec
 import numpy as np
 
 from coordinator.terms import RoundTerms
+from sottovoce.agreement import check_aggregations, check_broadcast, check_extraction
 from sottovoce.bundle import Bundle, decode_bundle
 from sottovoce.errors import ConfigError
 from sottovoce.language.hosted import Advance, Tensors
@@ -94,7 +95,9 @@ def check_request(request: RoundRequest, terms: RoundTerms, *, fleet: str, chunk
 
     Raises:
         ConfigError: Values of devices came with the request, or its plan is impossible.
-        BadBundle: Its client program is not one.
+        BadBundle: Its client program is not one, or does not compute what is summed, or reads other columns than are
+            extracted.
+        ProgramError: Its broadcast is not what the client program is given.
         MalformedMessage: Its broadcast is not named tensors.
     """
     if request.members:
@@ -102,9 +105,12 @@ def check_request(request: RoundRequest, terms: RoundTerms, *, fleet: str, chunk
             f"{request.name}: these values were given as a list, but on a real fleet the values live on the devices: "
             'name the collection that they are in, as in sv.latest("temperature") or sv.collection("temperature")'
         )
-    decode_tensors(request.broadcast)
-    decode_bundle(request.bundle)
-    plan_of(request, terms, fleet=fleet, chunk_bytes=chunk_bytes)
+    bundle = decode_bundle(request.bundle)
+    plan = plan_of(request, terms, fleet=fleet, chunk_bytes=chunk_bytes)
+    check_broadcast(bundle, decode_tensors(request.broadcast))
+    check_aggregations(plan, bundle)
+    if plan.extraction is not None:
+        check_extraction(bundle, plan.extraction)
 
 
 @dataclass(frozen=True, slots=True)

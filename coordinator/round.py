@@ -39,7 +39,7 @@ from coordinator.presence import Presence
 from coordinator.rendezvous import NotInCohort, Situation
 from sottovoce.errors import ConflictingMessage, MalformedMessage, Replayed, UnexpectedMessage
 from sottovoce.plan import canonical, digest_of
-from sottovoce.secagg.server_steps import AT_ONCE, Spread
+from sottovoce.secagg.mask_removal import AT_ONCE, Spread
 from sottovoce.wire.chunks import VectorChunk
 from sottovoce.wire.codec import Opened
 from sottovoce.wire.messages import (

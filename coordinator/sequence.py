@@ -19,6 +19,7 @@ from coordinator.phases import Abandoned, Agenda, Committed
 from coordinator.presence import Presence
 from coordinator.record import RoundRecord
 from coordinator.requests import sums_of
+from coordinator.revocation import RevocationList
 from coordinator.round import Round
 from coordinator.settings import UploadSettings
 from coordinator.terms import terms_at
@@ -26,7 +27,7 @@ from coordinator.threshold import thresholded
 from sottovoce.errors import RoundAbandoned, SottovoceError
 from sottovoce.identity import Identity, TrustAnchor
 from sottovoce.plan import blob_ref, digest_of
-from sottovoce.secagg.server_steps import AT_ONCE, Spread
+from sottovoce.secagg.mask_removal import AT_ONCE, Spread
 from sottovoce.wire.messages import Outcome
 
 LOOK_AGAIN_MS = 150
@@ -45,6 +46,7 @@ class Setup:
         uploads: Slots for masked vectors.
         entropy: Returns that many random bytes.
         spread: Over how many threads masks are taken off.
+        revoked: The CA's list of revoked certificates, looked at again and again; None where there is none.
     """
 
     identity: Identity
@@ -53,6 +55,7 @@ class Setup:
     uploads: UploadSettings
     entropy: Callable[[int], bytes]
     spread: Spread = AT_ONCE
+    revoked: RevocationList | None = None
 
 
 class RoundSequence:

@@ -30,6 +30,7 @@ from coordinator.phases import (
 from coordinator.record import RoundRecord
 from coordinator.sequence import LOOK_AGAIN_MS, RoundSequence, Setup
 from sottovoce.errors import (
+    ConfigError,
     CryptoError,
     RemoteProtocolError,
     TransportError,
@@ -130,15 +131,31 @@ class Service:
         self._announcer.advance()
 
     def _poll(self, now_ms: int) -> None:
-        """Look whether the round in flight is still wanted, and now and then write down the refusals."""
+        """Look whether the round in flight is still wanted and who is revoked; now and then write down the refusals."""
         if now_ms - self._looked_ms < LOOK_AGAIN_MS:
             return
         self._looked_ms = now_ms
+        self._look_for_revoked(now_ms)
         if now_ms - self._written_ms >= _WRITE_DOWN_MS and (counts := self._refusals.take()):
             self._journal.count_refusals(counts)
             self._written_ms = now_ms
         if (overtaken := self._sequence.overtaken(now_ms)) is not None:
             self._feed(lambda current: current.round.abandon(*overtaken), now_ms)
+
+    def _look_for_revoked(self, now_ms: int) -> None:
+        """Read the CA's list again if it has changed; one that is damaged leaves the one before in force."""
+        if self._setup.revoked is None:
+            return
+        try:
+            serials = self._setup.revoked.changed()
+        except ConfigError as error:
+            LOG.warning("%s; the list that was read before stays in force", error)
+            return
+        if serials is not None:
+            out = self._fleet.revoke(serials, at=latest_time(now_ms / 1000))
+            LOG.info(
+                "read the new list of revoked certificates (%d); out by it: %s", len(serials), ", ".join(out) or "none"
+            )
 
     # --- what comes in ------------------------------------------------------------------------------------------------
 

@@ -240,7 +240,7 @@ fleet = "{fleet}"
 key = "key.pem"                  # made by `coordinator init`; never leaves this machine
 certificate = "certificate.pem"  # made by `fleet-ca sign` from request.csr
 fleet_ca = "fleet-ca.pem"        # the fleet CA's certificate. Its private key never belongs on this machine.
-# revoked = "revoked.pem"        # the CA's signed list of revoked certificates; read at start
+# revoked = "revoked.pem"        # the CA's signed list of revoked certificates; read again when it changes
 journal = "journal.sqlite"       # rounds, states and digests; sums only, nothing of a single device
 
 [broker]

@@ -98,7 +98,7 @@ class SumTerms(Document, frozen=True):
 
 
 class Standardise(Document, frozen=True):
-    """A first masked round of a moments program, from which `mean` and `std` of the inputs follow.
+    """A first masked round of a moments program, from which `mean` and `variance` of the inputs follow.
 
     Attributes:
         bundle: The moments bundle; its results are `count`, `sum` and `sum_of_squares`.

@@ -11,9 +11,9 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import msgspec
 
@@ -286,12 +286,17 @@ def _status(options: argparse.Namespace) -> None:
 # --- arguments --------------------------------------------------------------------------------------------------------
 
 
+_Command: TypeAlias = Callable[..., argparse.ArgumentParser]
+"""Adds a subcommand: its name, what runs it, and what it is for."""
+
+
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("edge-agent", description=_DESCRIPTION, formatter_class=raw)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, run: object, text: str, description: str | None = None) -> argparse.ArgumentParser:
+        """Return the parser of a new subcommand, with what all of them have."""
         sub = commands.add_parser(name, help=text, description=description or text, formatter_class=raw)
         sub.add_argument(
             "--home",
@@ -302,6 +307,25 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
+    _add_enrolment(command)
+    run = command("run", _run, "take part in round after round, until stopped")
+    once = command("once", _once, "make one visit and print when to come back", _ONCE)
+    infer = _add_use(command)
+    status = command("status", _status, "show identity, policy, examples, and what has left this device")
+    status.add_argument("--json", action="store_true", help="print it as JSON")
+    forget = command("forget", _forget, "erase examples, and what programs keep of them, from this device")
+    forget.add_argument("collection", nargs="?", metavar="COLLECTION")
+    forget.add_argument("--client-state", metavar="SLOT", help="only what programs keep in this slot")
+    forget.add_argument("--all", action="store_true", help="every collection and every slot")
+    for each in (run, once, infer):
+        each.add_argument(
+            "--runtime", choices=("auto", "litert", "tflite"), help="the TFLite runtime (default: what agent.toml says)"
+        )
+    return parser
+
+
+def _add_enrolment(command: _Command) -> None:
+    """Add what makes this machine a device of a fleet."""
     init = command("init", _init, "make this device's key, signing request and settings")
     init.add_argument("--device", required=True, metavar="ID", help="1 to 64 characters of A-Z a-z 0-9 _ -")
     init.add_argument("--fleet", required=True, metavar="NAME", help="the fleet to belong to")
@@ -316,8 +340,10 @@ def _parser() -> argparse.ArgumentParser:
         "--ca", type=Path, required=True, metavar="FILE", help="the fleet CA's certificate, to be pinned"
     )
     enrol.add_argument("--revoked", type=Path, metavar="FILE", help="the CA's list of revoked certificates")
-    run = command("run", _run, "take part in round after round, until stopped")
-    once = command("once", _once, "make one visit and print when to come back", _ONCE)
+
+
+def _add_use(command: _Command) -> argparse.ArgumentParser:
+    """Add what brings examples and uses what the fleet has learned; return the parser of `infer`."""
     importing = command("import", _import, "add examples from a .npz, .csv or .jsonl file; they stay on this device")
     importing.add_argument("collection", metavar="COLLECTION", help="made if it does not exist")
     importing.add_argument("file", type=Path, metavar="FILE")
@@ -338,17 +364,7 @@ def _parser() -> argparse.ArgumentParser:
     suggesting.add_argument("--plan", metavar="NAME", help="whose table (default: the newest)")
     suggesting.add_argument("-n", dest="number", type=int, default=3, metavar="N", help="how many words (default: 3)")
     suggesting.add_argument("--json", action="store_true", help="print them as JSON")
-    status = command("status", _status, "show identity, policy, examples, and what has left this device")
-    status.add_argument("--json", action="store_true", help="print it as JSON")
-    forget = command("forget", _forget, "erase examples, and what programs keep of them, from this device")
-    forget.add_argument("collection", nargs="?", metavar="COLLECTION")
-    forget.add_argument("--client-state", metavar="SLOT", help="only what programs keep in this slot")
-    forget.add_argument("--all", action="store_true", help="every collection and every slot")
-    for each in (run, once, infer):
-        each.add_argument(
-            "--runtime", choices=("auto", "litert", "tflite"), help="the TFLite runtime (default: what agent.toml says)"
-        )
-    return parser
+    return infer
 
 
 def _home(options: argparse.Namespace) -> Home:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+from edge_agent.source_readers import LARGEST_READING
 from edge_agent.source_settings import SourceConfig
 from sottovoce.errors import ConfigError
 from sottovoce.transport.mqtt import MqttSettings, MqttTransport
@@ -25,6 +26,7 @@ def connect(config: SourceConfig, *, client_id: str) -> MqttTransport:
         protocol="3.1.1",  # Every broker in a home speaks it.
         clean_start=True,
         session_expiry_s=0,
+        max_payload_bytes=LARGEST_READING,
     )
     return MqttTransport(settings, rng=random.Random())
 

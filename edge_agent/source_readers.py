@@ -26,8 +26,10 @@ from sottovoce.transport.base import Connected, Delivery, Disconnected, Transpor
 VALUE = "value"
 """The column of a reading."""
 _LARGEST_READ = 1 << 20
-_LARGEST_OUTPUT = 1 << 16
+LARGEST_READING = 1 << 16
+"""Bytes of what a program prints, or a broker delivers, that are looked at for a number."""
 _MOST_TOPICS = 10_000
+_LONGEST_TOPIC = 1000
 _NO_READING = frozenset({"unavailable", "unknown", "none", "null", "n/a", "na"})
 """What home automation writes where a number will be: it does not make a column one of text."""
 _MOST_DELIVERIES = 1000
@@ -130,7 +132,7 @@ class Command:
         self._running = None
         with output:
             output.seek(0)
-            text = output.read(_LARGEST_OUTPUT).decode(errors="replace")
+            text = output.read(LARGEST_READING).decode(errors="replace")
         if process.returncode != 0:
             raise BadExamples(f"{self._command[0]} ended with exit code {process.returncode}")
         return Batch([(self._command[0], {VALUE: reading(text, member=self._member, scale=self._scale)})])
@@ -280,7 +282,7 @@ class Topic:
             match self._transport.receive(0.0):
                 case Delivery() as delivery if self._wanted(delivery, now_ms):
                     try:
-                        text = delivery.payload[:_LARGEST_OUTPUT].decode(errors="replace")
+                        text = delivery.payload[:LARGEST_READING].decode(errors="replace")
                         value = reading(text, member=self._member, scale=self._scale)
                         rows.append((delivery.topic, {VALUE: value}))
                         self._note(delivery.topic, now_ms)
@@ -299,6 +301,8 @@ class Topic:
         self._transport.close()
 
     def _wanted(self, delivery: Delivery, now_ms: int) -> bool:
+        if len(delivery.topic) > _LONGEST_TOPIC:
+            return False
         heard_ms = self._heard_ms.get(delivery.topic)
         return heard_ms is None or (not delivery.retained and now_ms - heard_ms >= self._every_ms)
 

@@ -31,12 +31,12 @@ from edge_agent.effects import (
 )
 from edge_agent.policy import Policy
 from sottovoce.identity import Identity, TrustAnchor, latest_time
-from sottovoce.plan import BlobRef, Plan
+from sottovoce.plan import Cut, Plan
 from sottovoce.secagg.client import ClientSession
 from sottovoce.wire.messages import (
+    AdvertiseKeysRequest,
     Announcement,
     DeviceMessage,
-    SecAggParameters,
 )
 
 PRESENT_WITHIN_MS = 60_000
@@ -174,10 +174,10 @@ class Waiting:
 
 @dataclass(frozen=True, slots=True)
 class Opening:
-    """The rendezvous is open with these parameters; the result is being read back."""
+    """The rendezvous is open as requested; the result is being read back."""
 
     round: OpenRound
-    parameters: SecAggParameters
+    request: AdvertiseKeysRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +207,7 @@ class Uploading:
 
     round: OpenRound
     session: ClientSession = field(repr=False)
-    vector: BlobRef
+    vector: Cut
     in_flight: frozenset[int] = frozenset()
 
 

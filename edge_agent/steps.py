@@ -168,11 +168,11 @@ def _open(device: Device, state: Waiting, message: AdvertiseKeysRequest, now: Mo
     if offered < promised:
         # The session enforces its own minimum; without this a coordinator could keep less than its plan has promised.
         raise PolicyRefusal("minimum_cohort", f"a sum of {offered} devices, where the plan promised {promised}")
-    return Opening(state.round, message.parameters), (LoadContribution(state.round.plan.digest, state.round.state),)
+    return Opening(state.round, message), (LoadContribution(state.round.plan.digest, state.round.state),)
 
 
 def _advertise(device: Device, state: Opening, event: ContributionLoaded, now: Moment) -> Step:
-    round_, contribution = state.round, event.contribution
+    round_, contribution, parameters = state.round, event.contribution, state.request.parameters
     session = ClientSession(
         identity=device.identity,
         anchor=device.anchor,
@@ -180,9 +180,10 @@ def _advertise(device: Device, state: Opening, event: ContributionLoaded, now: M
         context=_context(device, round_.entry),
         plan=round_.plan.digest,
         state=round_.state,
-        parameters=state.parameters,
+        parameters=parameters,
+        upload_key=state.request.upload_key,
         terms=client_terms(device.policy),
-        vector=_quantised(device, round_.plan, state.parameters, contribution),
+        vector=_quantised(device, round_.plan, parameters, contribution),
         entropy=device.entropy,
         chunk_bytes=device.chunk_bytes,
     )

@@ -17,7 +17,7 @@ import numpy as np
 
 from edge_agent.extraction import extract, messages_of
 from sottovoce.bundle import NEXT, Bundle, Port
-from sottovoce.errors import BadExamples, MalformedMessage, ProgramError
+from sottovoce.errors import BadExamples, MalformedMessage, NonFiniteUpdate, ProgramError
 from sottovoce.plan import Document, Extraction, LocalWork, canonical
 from sottovoce.runtime import NO_ARRAYS, Program
 from sottovoce.tensors import decode_tensors, encode_tensors
@@ -137,7 +137,8 @@ class Work:
         """Return the state after one more batch; the last batch of an epoch may be smaller.
 
         Raises:
-            ProgramError: The run is already done, the runtime failed, or the training diverged.
+            NonFiniteUpdate: A metric holds NaN or infinity: the training diverged.
+            ProgramError: The run is already done, or the runtime failed.
         """
         if self.is_done(state):
             raise ProgramError(f"program {self.bundle.name!r} has already run its {self.plan.epochs} epochs")
@@ -161,7 +162,8 @@ class Work:
         """Return the results and metrics of a run that is done.
 
         Raises:
-            ProgramError: The run is not done, the runtime failed, or the training diverged.
+            NonFiniteUpdate: A result holds NaN or infinity: the training diverged.
+            ProgramError: The run is not done, or the runtime failed.
         """
         if not self.is_done(state):
             raise ProgramError(
@@ -220,9 +222,9 @@ class Work:
     def _check_finite(self, values: Mapping[str, Array], where: str) -> None:
         for name, value in values.items():
             if not np.all(np.isfinite(value)):
-                raise ProgramError(
-                    f"program {self.bundle.name!r} diverged: {name!r} holds NaN or infinity in {where}; "
-                    "a lower learning rate may help"
+                raise NonFiniteUpdate(
+                    f"program {self.bundle.name!r}: {name!r} holds NaN or infinity in {where}, so nothing is sent; "
+                    "where a model is trained, a lower learning rate may help"
                 )
 
 

@@ -14,8 +14,9 @@ from edge_agent.client_states import ClientStates, Reading
 from edge_agent.effects import Contribution, NextClientState
 from edge_agent.pending import PendingStore, decode_contribution, encode_contribution
 from edge_agent.work import Work, WorkResult, WorkState, prepare
+from sottovoce.agreement import check_aggregations
 from sottovoce.bundle import Bundle, decode_bundle
-from sottovoce.errors import BadBundle, MalformedMessage, ProgramError
+from sottovoce.errors import MalformedMessage, ProgramError
 from sottovoce.plan import LocalWork, Plan
 from sottovoce.runtime import NO_ARRAYS, Program, RuntimeName, open_program, run_self_test
 from sottovoce.tensors import decode_tensors, encode_tensors
@@ -138,7 +139,7 @@ class Workbench:
             return True
         plan = assignment.plan
         opened = self._open(plan.program.digest, read_blob)
-        _check_aggregations(plan, opened.bundle)
+        check_aggregations(plan, opened.bundle)
         kept = opened.bundle.client_state
         reading = _NOTHING_KEPT if kept is None else self._client_states.take_up(kept, plan)
         work = prepare(
@@ -308,17 +309,3 @@ def _next_client_state(running: _Running, result: WorkResult) -> NextClientState
 def pending_key(plan: bytes, state: bytes) -> bytes:
     """Return what the work on this plan and state is kept under."""
     return plan + state
-
-
-def _check_aggregations(plan: Plan, bundle: Bundle) -> None:
-    """Refuse early what could not be summed: an aggregation that the program does not compute."""
-    computed = {result.name: tuple(port.type for port in result.ports) for result in bundle.results}
-    computed.update({port.name: (port.type,) for port in bundle.metrics})
-    for aggregation in plan.aggregations:
-        if aggregation.presence_of:
-            continue  # The device computes it itself.
-        if computed.get(aggregation.name) != aggregation.tensors:
-            raise BadBundle(
-                f"plan {plan.name!r} sums {aggregation.name!r} of {', '.join(aggregation.tensors)}; program "
-                f"{bundle.name!r} computes {', '.join(computed.get(aggregation.name, ('no such thing',)))}"
-            )

@@ -15,11 +15,13 @@ from typing import Any
 import tensorflow as tf
 from tensorflow.lite.python.convert_phase import ConverterError
 
+from models.converter_defects import with_rectifiers_kept
 from models.ops import Tensor
 from sottovoce.errors import BadBundle
 from sottovoce.types import TensorType
 
 SIGNATURE = "serving_default"
+_ABSENT = re.compile(r"'(tf\.\w+)' op is neither a custom op nor")
 _MISSING = re.compile(r"TF Select ops: ([^\n]*)")
 
 
@@ -40,8 +42,8 @@ def flatbuffer_of(
         BadBundle: It needs an operation that is not a TFLite built-in; the text names it.
     """
     specs = {name: tf.TensorSpec(kind.shape, kind.dtype, name=name) for name, kind in inputs}
-    traced = tf.function(lambda **tensors: function(tensors), autograph=False).get_concrete_function(**specs)
-    return _converted(_Graph(traced, what))
+    recorded = tf.function(lambda **tensors: with_rectifiers_kept(function(tensors)), autograph=False)
+    return _converted(_Graph(recorded.get_concrete_function(**specs), what))
 
 
 class _Graph:
@@ -68,7 +70,8 @@ def _converted(graph: _Graph) -> bytes:
         return bytes(converter.convert())
     except ConverterError as error:
         missing = _MISSING.search(str(error))
-        told = f"{missing[1]} of these dtypes" if missing else str(error)
+        absent = ", ".join(sorted(set(_ABSENT.findall(str(error)))))
+        told = f"{missing[1]} of these dtypes" if missing else absent or str(error).splitlines()[0]
         raise BadBundle(
             f"{graph.what}: devices have no {told}. They compute with float32 and int32 (int64 for +, -, *); cast "
             "first, or write it with other operations"

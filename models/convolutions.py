@@ -8,7 +8,9 @@ C channels and F filters:
   shifted along the height and added. k C + k F numbers are moved for each place instead of k k C. Its gradients are the
   same two rearrangements transposed, and share both operands: dX = D K', dW = c' D, where c are the windows of x and
   D the shifted copies of dy.
-- *whole*: all windows side by side (im2col), [.., k k C] times [k k C, F]; for few channels, as in a first layer.
+- *whole*: all windows side by side (im2col), [.., k k C] times [k k C, F]; for few channels, as in a first layer, or
+  windows along one axis. Its dX is transposed likewise (col2im), but along one axis it is the windows of dy times the
+  kernel, all copies, in half of the time.
 
 A stride is folded into the channels first, because slices with a stride are ten times slower. `scripts/bench_step
 --formulations` measures these against what else was tried.
@@ -137,6 +139,11 @@ def whole(x: Tensor, kernel: Tensor, height: Slide, width: Slide) -> WithGradien
     def gradient(dy: Tensor) -> tuple[Tensor, Tensor]:
         flat = _rows(dy)
         dw = tf.reshape(tf.matmul(windows, flat, transpose_a=True), kernel.shape)
+        if 1 in (rows, columns):
+            # Every entry's readers side by side: copies, where the windows' shares would have to be added.
+            readers = _rows(side_by_side(side_by_side(dy, WIDTH, width.back), HEIGHT, height.back))
+            turned = tf.reshape(tf.transpose(kernel, [0, 1, 3, 2]), [-1, channels])
+            return tf.reshape(tf.matmul(readers, turned), [-1, height.length, width.length, channels]), dw
         back = tf.reshape(_product(flat, kernel, [3, 0, 1, 2]), [-1, height.outputs, width.outputs, taps])
         return summed(summed(back, HEIGHT, height.back), WIDTH, width.back), dw
 
@@ -158,7 +165,7 @@ def _rows(x: Tensor) -> Tensor:
 
 @substitute_of("Conv2D")
 def _conv2d(op: Operation, inputs: Sequence[Tensor]) -> Tensor:
-    """A kernel that does not change stays with CONV_2D, which XNNPACK then takes."""
+    """A float32 kernel that does not change stays with CONV_2D, which XNNPACK then takes."""
     x, kernel = inputs
     strides, dilations = op.get_attr("strides")[1:3], op.get_attr("dilations")[1:3]
     same, y = op.get_attr("padding") == b"SAME", op.outputs[0]
@@ -181,8 +188,8 @@ def _conv2d(op: Operation, inputs: Sequence[Tensor]) -> Tensor:
 
 
 def _is_constant(tensor: Tensor) -> bool:
-    # A frozen int8 kernel is gathered, cast and scaled when the program runs (`models.keras_quantised`).
-    while tensor.op.type in ("Identity", "Reshape", "ExpandDims", "Squeeze", "Mul", "Cast", "GatherV2"):
+    # A frozen int8 kernel is none: it becomes float32 when the program runs, and XNNPACK takes only its product.
+    while tensor.op.type in ("Identity", "Reshape", "ExpandDims", "Squeeze"):
         tensor = tensor.op.inputs[0]
     return tf.get_static_value(tensor) is not None
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import tensorflow as tf
 
-from models.export import Arrays, ProgramSource, Tensors, run_with_tensorflow, seed_of
 from models.ops import Tensor
+from models.program_export import Arrays, ProgramSource, Tensors, run_with_tensorflow, seed_of
 from sottovoce.bundle import Port, Result, RoleName
 from sottovoce.language.counting import AMOUNT_SIZES, BINS, GROUPS, SIZES, START, program_name
 from sottovoce.sketches import FIELD

@@ -1,387 +1,186 @@
-"""From TensorFlow functions to a bundle that a device can run and check without TensorFlow.
+"""An unmodified Keras model -> a bundle that trains with TFLite built-ins only, proven equal to Keras.
 
-`export` takes the pure functions of a program, converts them with TFLite built-ins only (batch size unknown), adds
-self-test vectors computed by TensorFlow itself, runs them on this machine's TFLite runtime, and returns the bundle
-only if they agree. `export_model` writes those functions for a classifier: SGD on the mean cross-entropy of a batch.
+    bundle = export(model, loss="sparse_categorical_crossentropy", optimizer="sgd", path=Path("model.svp"))
+
+The model is traced, not rewritten by its author: `models.keras_tracing` records its operations, `models.gradients`
+makes them again with gradients that devices have. Five self-test steps are computed by Keras itself, eagerly, with its
+own optimizer; the bundle is run on this machine's TFLite runtime, and is only written where both agree.
 """
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from types import MappingProxyType
-from typing import TypeAlias
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
-from tensorflow.lite.python.convert_phase import ConverterError
 
-from models.conversion import SIGNATURE, flatbuffer_of
-from models.ops import BuiltIns, Operations, Plain, Tensor
-from sottovoce.bundle import (
-    FORMAT,
-    Bundle,
-    ClientState,
-    Port,
-    Result,
-    Role,
-    RoleName,
-    SelfTest,
-    decode_bundle,
-    encode_bundle,
-)
-from sottovoce.errors import BadBundle
-from sottovoce.plan import digest_of
-from sottovoce.runtime import open_program, run_self_test, sampled
-from sottovoce.tensors import encode_tensors
-from sottovoce.types import Array, TensorType
+from models.gradients import OTHERWISE, CannotTrain, layer_of
+from models.keras_reference import reference_of
+from models.keras_training import Training, functions_of, state_of, training_of
+from models.program_export import DELTA, ProgramSource, export_program, port_of, scalar_ports, seed_of
+from sottovoce.bundle import Bundle, Port, Result, encode_bundle
+from sottovoce.errors import BadBundle, SelfTestFailed
+from sottovoce.types import Array
 
-Tensors: TypeAlias = Mapping[str, Tensor]
-Arrays: TypeAlias = Mapping[str, Array]
-Function: TypeAlias = Callable[[Tensors], Tensors]
-Forward: TypeAlias = Callable[[Operations, Tensors, Tensors, Tensor], Tensor]
-
-_SELF_TEST_BATCHES = (4, 1, 3, 1, 2)
-LOCAL = "local_"
-"""The state's ports are the broadcast's with this prefix."""
-DELTA = "delta_"
-"""The ports of the result `delta` are the trained broadcast ports with this prefix."""
+BATCH_SIZES = (4, 1, 3, 1, 2)
+"""Batch sizes of the self-test's five steps."""
+_TOLERANCE = 1e-4
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ProgramSource:
-    """A client program before conversion: everything of a `Bundle`, with functions where it has flatbuffers.
+def export(
+    model: Any,
+    *,
+    loss: Any,
+    optimizer: Any = "sgd",
+    metrics: Any = None,
+    loss_weights: Any = None,
+    batch_spec: Mapping[str, str] | None = None,
+    path: Path | None = None,
+    name: str = "",
+    description: str = "",
+    proximal: float = 0.0,
+    int8: bool = False,
+) -> Bundle:
+    """Return the bundle of a Keras model with all five roles, and write it to `path` if there is one.
 
-    Attributes:
-        name: For people.
-        description: One sentence in plain words.
-        functions: Role -> pure function of named tensors, in TFLite built-ins.
-        broadcast: As in Bundle; so are the ports, results and names that follow.
-        initial: The first value of every broadcast port.
-        test_broadcast: Values the self-test uses instead of `initial`, by port.
-        test_batches: What `step` is fed in the self-test.
-        reference: TensorFlow's own answer: (broadcast, batches) -> every result port, every metric summed.
-        tolerance: Largest allowed absolute difference from `reference`.
-        client_state: The slot that the program reads in `begin` and whose `next_` ports `finish` returns, if any.
-        test_client_state: Values the self-test uses instead of the slot's `initial`, by port.
-    """
-
-    name: str
-    description: str
-    functions: Mapping[RoleName, Function]
-    broadcast: tuple[Port, ...]
-    state: tuple[Port, ...]
-    batch: tuple[Port, ...]
-    results: tuple[Result, ...]
-    initial: Arrays
-    test_batches: Sequence[Arrays]
-    reference: Callable[[Arrays, Sequence[Arrays]], Arrays]
-    tolerance: float
-    test_broadcast: Arrays
-    metrics: tuple[Port, ...] = ()
-    features: tuple[str, ...] = ()
-    predictions: tuple[Port, ...] = ()
-    sums: tuple[Port, ...] = ()
-    client_state: ClientState | None = None
-    test_client_state: Arrays = field(default_factory=dict)
-
-    def inputs(self, role: RoleName) -> tuple[Port, ...]:
-        """The ports that `role` reads, in the order of its signature."""
-        features = tuple(port for port in self.batch if port.name in self.features)
-        kept = self.client_state.ports if self.client_state else ()
-        groups: dict[RoleName, tuple[Port, ...]] = {
-            "begin": self.broadcast + kept,
-            "step": self.state + self.batch,
-            "finish": self.state + self.broadcast,
-            "infer": self.broadcast + features,
-            "evaluate": self.broadcast + self.batch,
-        }
-        return groups[role]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Model:
-    """A classifier: what it computes, its first weights, and how its features look.
-
-    Attributes:
-        name: For people.
-        description: One sentence in plain words.
-        features: Type of the features in the notation, first dimension `?`.
-        feature_range: Between which values the self-test draws features.
-        classes: Labels are 0 to classes - 1.
-        weights: First values of what is trained, float32.
-        constants: First values of what is broadcast beside them and not trained, float32.
-        test_constants: Values of the constants in the self-test, so that it notices a constant that is not used.
-        learning_rate: First learning rate of the client optimizer (SGD).
-        forward: (operations, weights, constants, features) -> logits [b, classes].
-    """
-
-    name: str
-    description: str
-    features: str
-    feature_range: tuple[float, float]
-    classes: int
-    weights: Arrays
-    learning_rate: float
-    forward: Forward
-    constants: Arrays
-    test_constants: Arrays
-
-
-def export(source: ProgramSource, *, quickly: bool = False) -> Bundle:
-    """Return the bundle of `source`, checked on this machine's TFLite runtime.
+    Broadcast: every trained weight and moving statistic, `learning_rate` float32[1]. Result: `delta`. Metrics: `loss`
+    and what `metrics` says, summed over the batch; `evaluate` also counts `examples`. Layers that are not trainable
+    are constants of the program: they are never sent, and not part of the update. Moving statistics of
+    BatchNormalization are part of it, averaged as weights are. Of a Normalization that has not been adapted `mean` and
+    `variance` are broadcast too, for the fleet to find out.
 
     Args:
-        source: The program.
-        quickly: Convert as `models.conversion` does, for the many small programs of computations.
+        model: Built, with float32 weights; it is not changed.
+        loss: As in `model.compile`: name or object, for several outputs a list in their order or a dict by their names.
+        optimizer: As in `model.compile`: SGD (momentum, nesterov), Adam or AdamW, weight_decay, clipping.
+        metrics: As in `model.compile`, accuracy (`correct`), mean_absolute_error (`absolute_error`) and
+            mean_squared_error (`squared_error`); None counts `correct` for every output whose labels are classes.
+        loss_weights: As in `model.compile`.
+        batch_spec: Types of the features, in the model's order, as `{"x": "float32[?,28,28,1]"}`; None asks the model.
+        path: Where the bundle goes.
+        name: Of the bundle; None takes the model's.
+        description: One sentence in plain words.
+        proximal: FedProx's mu, at least 0.
+        int8: Keep large weights of frozen layers as int8; what the bundle is held against is Keras with these.
 
     Raises:
-        BadBundle: A function needs an operation that is not a TFLite built-in, or ports and functions do not fit.
-        SelfTestFailed: The runtime's results are not those of TensorFlow.
+        CannotTrain: The text names the layer and the cure.
+        SelfTestFailed: The runtime's results are not those of Keras.
     """
-    expected = source.reference({**source.initial, **source.test_broadcast}, source.test_batches)
-    bundle = Bundle(
-        format=FORMAT,
-        name=source.name,
-        description=source.description,
-        flatbuffers={role: (_convert_quickly if quickly else _convert)(source, role) for role in source.functions},
-        roles={role: Role(flatbuffer=role, signature=SIGNATURE if quickly else role) for role in source.functions},
-        broadcast=source.broadcast,
-        state=source.state,
-        batch=source.batch,
-        metrics=source.metrics,
-        results=source.results,
-        initial=encode_tensors(source.initial),
-        self_test=SelfTest(
-            broadcast=encode_tensors(source.test_broadcast),
-            batches=tuple(encode_tensors(batch) for batch in source.test_batches),
-            expected=encode_tensors({name: sampled(value) for name, value in expected.items()}),
-            tolerance=source.tolerance,
-            client_state=encode_tensors(source.test_client_state),
-        ),
-        features=source.features,
-        predictions=source.predictions,
-        sums=source.sums,
-        client_state=source.client_state,
+    training = training_of(
+        model,
+        loss=loss,
+        optimizer=optimizer,
+        metrics=metrics,
+        loss_weights=loss_weights,
+        batch_spec=batch_spec,
+        proximal=proximal,
+        int8=int8,
     )
-    bundle = decode_bundle(encode_bundle(bundle))
-    run_self_test(bundle, open_program(bundle))
+    bundle = bundle_of(source_of(training, name or model.name, description))
+    if path is not None:
+        path.write_bytes(encode_bundle(bundle))
     return bundle
 
 
-def export_model(model: Model) -> Bundle:
-    """Return the bundle of a classifier with all five roles.
-
-    Broadcast: weights, constants, `learning_rate` float32[1]. Metrics of a step: `loss` and `correct`, summed over the
-    batch. Result: `delta`, local minus broadcast weights. Sums of `evaluate`: `loss`, `correct`, `examples`.
+def bundle_of(source: ProgramSource) -> Bundle:
+    """Return the bundle of a program made of a Keras model.
 
     Raises:
-        BadBundle: The forward pass uses an operation whose gradient is not a TFLite built-in.
-        SelfTestFailed: The runtime's results are not those of TensorFlow.
+        CannotTrain: Devices lack an operation; the text names the layer that makes it, and the cure.
+        SelfTestFailed: The runtime's results are not those of Keras.
     """
-    initial = {**model.weights, **model.constants, "learning_rate": np.array([model.learning_rate], np.float32)}
-    broadcast = tuple(port_of(name, value) for name, value in initial.items())
-    reference = {role: role_of(role, model, Plain()) for role in _MODEL_ROLES}
-    deltas = tuple(port_of(DELTA + name, value) for name, value in model.weights.items())
-    return export(
-        ProgramSource(
-            name=model.name,
-            description=model.description,
-            functions={role: role_of(role, model, BuiltIns()) for role in _MODEL_ROLES},
-            broadcast=broadcast,
-            state=tuple(port_of(LOCAL + name, value) for name, value in initial.items()),
-            batch=(Port(name="x", type=model.features), Port(name="y", type="int32[?]", low=0, high=model.classes - 1)),
-            metrics=scalar_ports("loss", "correct"),
-            results=(Result(name="delta", ports=deltas, updates=tuple(model.weights)),),
-            features=("x",),
-            predictions=(Port(name="probabilities", type=f"float32[?,{model.classes}]"),),
-            sums=scalar_ports("loss", "correct", "examples"),
-            initial=initial,
-            test_broadcast=model.test_constants,
-            test_batches=random_batches(model),
-            reference=lambda broadcast, batches: run_with_tensorflow(
-                reference, broadcast, batches, metrics=("loss", "correct")
-            ),
-            tolerance=1e-4,
-        )
+    try:
+        return export_program(source)
+    except SelfTestFailed as error:
+        raise SelfTestFailed(
+            f"{source.name}: devices would not learn as Keras does ({error.tensor}, off by {error.difference:.3g}); "
+            "a layer or loss acts otherwise outside of a graph, or its numbers are too large",
+            tensor=error.tensor,
+            difference=error.difference,
+            tolerance=error.tolerance,
+        ) from error
+    except BadBundle as error:
+        raise _named(error, source) from error
+
+
+def _named(error: BadBundle, source: ProgramSource) -> BadBundle:
+    """Return `error` with the layers that make the operations it names, or as it is where it names none."""
+    missing = set(re.findall(r"\btf\.(\w+)", str(error)))
+    kinds = {port.name: port.tensor_type for port in source.inputs("step")}
+    specs = {name: tf.TensorSpec(kind.shape, kind.dtype) for name, kind in kinds.items()}
+    step = tf.function(lambda **given: source.functions["step"](given), autograph=False)
+    operations = step.get_concrete_function(**specs).graph.get_operations() if missing else []
+    layers = sorted({layer_of(op.name) for op in operations if op.type in missing})
+    if not layers:
+        return error
+    return CannotTrain(
+        f"layer {', '.join(map(repr, layers))}: devices have no {', '.join(sorted(missing))}; {OTHERWISE}"
     )
 
 
-def seed_of(name: str) -> int:
-    """Return the seed for everything drawn in the export of `name`, so that an export can be repeated."""
-    return int.from_bytes(digest_of(name.encode())[:8], "big")
+def source_of(training: Training, name: str, description: str) -> ProgramSource:
+    """Return the client program before conversion, with self-test vectors from Keras."""
+    initial = training.initial()
+    metrics = training.metrics
+    deltas = tuple(port_of(DELTA + each, initial[each]) for each in training.learned)
+    batch = (*training.traced.features, *training.labels)
+    batches = random_batches(batch, name)
+    return ProgramSource(
+        name=name,
+        description=description or f"A Keras model of {sum(initial[n].size for n in training.learned)} parameters.",
+        functions=functions_of(training),
+        broadcast=tuple(port_of(each, value) for each, value in initial.items()),
+        state=state_of(training, initial),
+        batch=batch,
+        metrics=scalar_ports(*metrics),
+        results=(Result(name="delta", ports=deltas, updates=training.learned),),
+        features=tuple(port.name for port in training.traced.features),
+        predictions=training.outputs,
+        sums=scalar_ports(*metrics, "examples"),
+        initial=initial,
+        test_broadcast={**_test_biases(training, initial, name), **_test_moments(training, name)},
+        test_batches=batches,
+        reference=lambda broadcast, given: reference_of(training, broadcast, given),
+        tolerance=_TOLERANCE,
+    )
 
 
-def port_of(name: str, value: Array) -> Port:
-    """Return the port of `value`'s type."""
-    return Port(name=name, type=str(TensorType(str(value.dtype), value.shape)))
+def _test_biases(training: Training, initial: Mapping[str, Array], name: str) -> dict[str, Array]:
+    """Return values for biases that are still zero, so that the self-test sees them and no two classes score alike.
+
+    A deep backbone with random weights gives every class the same score but for rounding; which one is counted as
+    `correct` would then be chance.
+    """
+    random = np.random.default_rng(seed_of(f"biases of {name}"))
+    fresh = [each for each in training.traced.trained if initial[each].ndim == 1 and not initial[each].any()]
+    return {each: random.normal(0.0, 0.1, initial[each].shape).astype(np.float32) for each in fresh}
 
 
-def scalar_ports(*names: str) -> tuple[Port, ...]:
-    """Return one port float32[1] for each name."""
-    return tuple(Port(name=name, type="float32[1]") for name in names)
-
-
-def random_batches(model: Model, *, sizes: Sequence[int] = _SELF_TEST_BATCHES) -> list[dict[str, Array]]:
-    """Return batches of `sizes` for a self-test: of the same few random examples, so that some come right."""
-    random = np.random.default_rng(seed_of(f"self-test of {model.name}"))
-    shape = [d for d in TensorType.parse(model.features).shape[1:] if d is not None]
-    x = random.uniform(*model.feature_range, (max(sizes), *shape)).astype(np.float32)
-    y = random.integers(model.classes, size=len(x), dtype=np.int32)
-    return [{"x": x[:size], "y": y[:size]} for size in sizes]
-
-
-# --- The five roles of a classifier. `take` reads the named tensors of one kind, with or without the local prefix.
-
-
-def take(names: Iterable[str], tensors: Tensors, *, prefix: str = "") -> dict[str, Tensor]:
-    """Return the tensors of `names`, which are called `prefix` + name."""
-    return {name: tensors[prefix + name] for name in names}
-
-
-def _begin(model: Model, operations: Operations, tensors: Tensors) -> Tensors:
-    return {LOCAL + name: tf.identity(value) for name, value in tensors.items()}
-
-
-def _step(model: Model, operations: Operations, tensors: Tensors) -> Tensors:
-    weights = take(model.weights, tensors, prefix=LOCAL)
-    constants = take(model.constants, tensors, prefix=LOCAL)
-    learning_rate = tensors[LOCAL + "learning_rate"]
-    slopes, logits, losses = gradients(model, operations, weights, constants, tensors)
-    trained = {LOCAL + name: weights[name] - learning_rate * slopes[name] for name in weights}
-    kept = {LOCAL + name: tf.identity(value) for name, value in constants.items()}
+def _test_moments(training: Training, name: str) -> dict[str, Array]:
+    """Return other values for what is given: mean 0 and variance 1 would not show that they are used."""
+    random = np.random.default_rng(seed_of(f"moments of {name}"))
     return {
-        **trained,
-        **kept,
-        LOCAL + "learning_rate": tf.identity(learning_rate),
-        **scores(logits, losses, tensors["y"]),
+        each: random.uniform(0.5, 1.5, variable.shape).astype(np.float32)
+        for each, variable in training.traced.given.items()
     }
 
 
-def _finish(model: Model, operations: Operations, tensors: Tensors) -> Tensors:
-    return {DELTA + name: tensors[LOCAL + name] - tensors[name] for name in model.weights}
+def random_batches(ports: Sequence[Port], name: str, sizes: Sequence[int] = BATCH_SIZES) -> list[dict[str, Array]]:
+    """Return batches of `sizes` of random examples that fit `ports`; float labels are one class of each row."""
+    random = np.random.default_rng(seed_of(f"batches of {name}"))
+    return [{port.name: _draw(random, port, size) for port in ports} for size in sizes]
 
 
-def _infer(model: Model, operations: Operations, tensors: Tensors) -> Tensors:
-    logits = model.forward(operations, take(model.weights, tensors), take(model.constants, tensors), tensors["x"])
-    return {"probabilities": tf.nn.softmax(logits)}
-
-
-def _evaluate(model: Model, operations: Operations, tensors: Tensors) -> Tensors:
-    logits = model.forward(operations, take(model.weights, tensors), take(model.constants, tensors), tensors["x"])
-    losses = operations.softmax_cross_entropy(logits, tensors["y"])
-    return {**scores(logits, losses, tensors["y"]), "examples": _sum(tf.ones_like(losses))}
-
-
-_MODEL_ROLES: Mapping[RoleName, Callable[[Model, Operations, Tensors], Tensors]] = {
-    "begin": _begin,
-    "step": _step,
-    "finish": _finish,
-    "infer": _infer,
-    "evaluate": _evaluate,
-}
-
-
-def role_of(role: RoleName, model: Model, operations: Operations) -> Function:
-    """Return the function of one of a classifier's five roles, made of `operations`."""
-    return lambda tensors: _MODEL_ROLES[role](model, operations, tensors)
-
-
-def gradients(
-    model: Model,
-    operations: Operations,
-    weights: Tensors,
-    constants: Tensors,
-    batch: Tensors,
-    *,
-    rows: Tensor | None = None,
-) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """Return the gradient of the mean loss for every weight, the logits, and the loss of each example.
-
-    Args:
-        model: A classifier.
-        operations: What its forward pass is made of.
-        weights: Named as the model's.
-        constants: Named as the model's.
-        batch: `x` and `y`.
-        rows: Weight of each example in the mean, float32 [b] with the sum 1; None weighs all alike.
-    """
-    with tf.GradientTape() as tape:
-        tape.watch(weights)
-        logits = model.forward(operations, weights, constants, batch["x"])
-        losses = operations.softmax_cross_entropy(logits, batch["y"])
-        mean_loss = tf.reduce_mean(losses)
-    # The gradient of `losses * rows` would need BroadcastGradientArgs, which TFLite does not have.
-    found = tape.gradient(mean_loss, weights) if rows is None else tape.gradient(losses, weights, output_gradients=rows)
-    return found, logits, losses
-
-
-def scores(logits: Tensor, losses: Tensor, labels: Tensor, *, rows: Tensor | None = None) -> dict[str, Tensor]:
-    """Return `loss` and `correct`, summed over a batch or over `rows` (1.0 or 0.0 for each) of it, shape [1] each."""
-    hits = tf.cast(tf.equal(tf.argmax(logits, axis=-1, output_type=tf.int32), labels), tf.float32)
-    found = {"loss": losses, "correct": hits}
-    return {name: _sum(values if rows is None else values * rows) for name, values in found.items()}
-
-
-def _sum(values: Tensor) -> Tensor:
-    return tf.reshape(tf.reduce_sum(values), [1])
-
-
-def run_with_tensorflow(
-    functions: Mapping[RoleName, Function],
-    broadcast: Arrays,
-    batches: Sequence[Arrays],
-    *,
-    metrics: Sequence[str] = (),
-    client_state: Arrays = MappingProxyType({}),
-) -> Arrays:
-    """Return what `finish` and the summed metrics must be, by TensorFlow's eager operations.
-
-    Args:
-        functions: `begin`, `step` and `finish`, of `Plain` operations and their own gradients.
-        broadcast: One array for each broadcast port.
-        batches: What `step` is fed.
-        metrics: Names of the outputs of `step` that are summed rather than passed on.
-        client_state: One array for each client-state port.
-    """
-    state = functions["begin"](_constants({**broadcast, **client_state}))
-    totals = {name: np.zeros(1, np.float32) for name in metrics}
-    for batch in batches:
-        outputs = functions["step"]({**state, **_constants(batch)})
-        state = {name: outputs[name] for name in state}
-        totals = {name: total + outputs[name].numpy() for name, total in totals.items()}
-    finished = functions["finish"]({**state, **broadcast})
-    return {**{name: value.numpy() for name, value in finished.items()}, **totals}
-
-
-def _constants(arrays: Arrays) -> dict[str, Tensor]:
-    return {name: tf.constant(value) for name, value in arrays.items()}
-
-
-def _convert(source: ProgramSource, role: RoleName) -> bytes:
-    """Return the flatbuffer of one role.
-
-    Each role has its own: where one subgraph only passes its inputs on (as `begin` does), the runtime gives up its
-    XNNPACK delegate for the whole file, and a step takes ten times as long.
-    """
-    traced = _trace(source.functions[role], source.inputs(role))
-    with tempfile.TemporaryDirectory() as folder:
-        tf.saved_model.save(tf.Module(), folder, signatures={role: traced})
-        converter = tf.lite.TFLiteConverter.from_saved_model(folder, signature_keys=[role])
-        converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
-        try:
-            return bytes(converter.convert())
-        except ConverterError as error:
-            raise BadBundle(f"{source.name}, {role}: TFLite has no built-in for this: {error}") from error
-
-
-def _convert_quickly(source: ProgramSource, role: RoleName) -> bytes:
-    inputs = [(port.name, port.tensor_type) for port in source.inputs(role)]
-    return flatbuffer_of(source.functions[role], inputs, what=f"{source.name}, {role}")
-
-
-def _trace(function: Function, ports: Sequence[Port]) -> Tensor:
-    types = {port.name: port.tensor_type for port in ports}
-    specs = {name: tf.TensorSpec(kind.shape, kind.dtype, name=name) for name, kind in types.items()}
-    return tf.function(lambda **tensors: function(tensors), autograph=False).get_concrete_function(**specs)
+def _draw(random: np.random.Generator, port: Port, size: int) -> Array:
+    kind = port.tensor_type
+    shape = [size if length is None else length for length in kind.shape]
+    if kind.numpy_dtype.kind == "f":
+        if port.name.startswith("y") and shape[-1] > 1:
+            return np.eye(shape[-1], dtype=np.float32)[random.integers(shape[-1], size=shape[:-1])]
+        return random.uniform(0.0 if port.name.startswith("y") else -1.0, 1.0, shape).astype(np.float32)
+    high = 1 if port.high is None else port.high
+    return random.integers(0, high + 1, shape).astype(kind.numpy_dtype)

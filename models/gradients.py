@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import TypeAlias
 
 import tensorflow as tf
@@ -20,7 +21,7 @@ import models.gradients_elementwise
 import models.gradients_shapes
 import models.gradients_substitutes
 import models.gradients_windows  # noqa: F401  each registers its operations
-from models.gradients_registry import GRADIENTS, SUBSTITUTES, Operation, Substitute
+from models.gradients_registry import GRADIENTS, SUBSTITUTES, NoGradient, Operation, Substitute
 from models.ops import Tensor
 from sottovoce.errors import BadBundle
 
@@ -28,6 +29,8 @@ Uniform: TypeAlias = Callable[[Tensor, Sequence[int | None], int], Tensor]
 """(shape as a tensor, as far as it is known, how many were made before) -> uniform in [0, 1)."""
 RANDOM = frozenset({"StatelessRandomUniformV2", "StatelessRandomUniform"})
 LOOPS = frozenset({"While", "StatelessWhile", "If", "StatelessIf", "PartitionedCall", "StatefulPartitionedCall"})
+OTHERWISE = "replace the layer by ones of the list in docs/authoring-models.md, or freeze it and all before it"
+"""The cure where none is known."""
 _DROPPED = ("_gradient_op_type", "_output_shapes", "_class")
 _SCOPE = re.compile(r"layer\.([^/.]+)\.(?:_\d+)?/")
 
@@ -54,7 +57,7 @@ def replay(
     """
     made: dict[str, Tensor] = {**feeds}
     randoms = 0
-    for op in _needed(outputs, made):
+    for op in needed(outputs, made):
         if op.type in RANDOM:
             lengths = op.outputs[0].shape.as_list()
             made[op.outputs[0].name] = uniform(made[op.inputs[0].name], lengths, randoms)
@@ -78,8 +81,13 @@ def built_in_gradients() -> contextlib.AbstractContextManager[None]:
     return context
 
 
-def _needed(outputs: Sequence[Tensor], known: Mapping[str, Tensor]) -> list[Operation]:
-    """Return the operations that `outputs` follow from, each after those it reads."""
+def needed(outputs: Sequence[Tensor], known: Mapping[str, Tensor] = MappingProxyType({})) -> list[Operation]:
+    """Return the operations that `outputs` follow from, each after those it reads.
+
+    Args:
+        outputs: Tensors of one graph.
+        known: By their names, the tensors that need not be followed any further.
+    """
     graph = outputs[0].graph
     wanted, waiting = set(), [tensor for tensor in outputs if tensor.name not in known]
     while waiting:
@@ -140,8 +148,12 @@ def slopes(total: Tensor, weights: Sequence[Tensor], *, upstream: Tensor | None 
     try:
         with built_in_gradients():
             found = tf.gradients(total, list(weights), upstream, unconnected_gradients="zero")
-    except (LookupError, NotImplementedError) as error:
-        raise CannotTrain(f"layer {layer_of(str(error))!r} cannot train: {error}") from error
+    except NoGradient as error:
+        problem, cure = error.problem, error.cure or OTHERWISE
+        raise CannotTrain(f"layer {layer_of(error.operation)!r} only infers on a device: {problem}; {cure}") from error
+    except LookupError as error:  # TensorFlow's words: No gradient defined for operation 'NAME' (op type: TYPE).
+        layer = layer_of(str(error))
+        raise CannotTrain(f"layer {layer!r} only infers on a device: {error}; {OTHERWISE}") from error
     _forget(graph.get_operations())
     return list(found)
 

@@ -7,9 +7,10 @@ uses what is registered. A gradient is a function (operation, gradient of each o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
+import numpy as np
 import tensorflow as tf
 
 from models.ops import Tensor
@@ -48,16 +49,58 @@ def substitute_of(*types: str) -> Callable[[Substitute], Substitute]:
     return register
 
 
+class NoGradient(NotImplementedError):
+    """An operation has no gradient here because of how it is used.
+
+    Attributes:
+        operation: Its name.
+        problem: What it does.
+        cure: What to do instead; empty where nothing special is known.
+    """
+
+    def __init__(self, op: Operation, problem: str, cure: str = "") -> None:
+        super().__init__(f"{op.name}: {problem}")
+        self.operation, self.problem, self.cure = str(op.name), f"{op.type} {problem}", cure
+
+
 def constant_of(tensor: Tensor) -> Any:
     """Return the value of a tensor that is known while the graph is made, as a numpy array.
 
     Raises:
-        NotImplementedError: It is computed from the batch; TensorFlow reports the operation.
+        NoGradient: It is computed from the batch.
     """
     value = tf.get_static_value(tensor)
-    if value is None:
-        raise NotImplementedError(f"{tensor.op.type} {tensor.op.name!r} is not a constant")
-    return value
+    if value is not None:
+        return value
+    folded, op = _FOLDED.get(tensor.op.type), tensor.op
+    if folded is None:
+        raise NoGradient(op, "computes from the batch what must be known beforehand", "use a constant")
+    return np.asarray(folded(*(constant_of(each) for each in op.inputs))).astype(tensor.dtype.as_numpy_dtype)
+
+
+def is_constant(tensor: Tensor) -> bool:
+    """Return whether `constant_of` knows the value of `tensor`."""
+    known = tf.get_static_value(tensor) is not None
+    return known or (tensor.op.type in _FOLDED and all(is_constant(each) for each in tensor.op.inputs))
+
+
+_FOLDED: Mapping[str, Callable[..., Any]] = {
+    "AddV2": np.add,
+    "ConcatV2": lambda *parts: np.concatenate(parts[:-1], axis=int(parts[-1])),
+    "Cast": np.asarray,
+    "Ceil": np.ceil,
+    "Equal": np.equal,
+    "Floor": np.floor,
+    "Identity": np.asarray,
+    "Minimum": np.minimum,
+    "Mul": np.multiply,
+    "Pack": lambda *parts: np.stack(parts),
+    "Range": np.arange,
+    "RealDiv": np.divide,
+    "SelectV2": np.where,
+    "Sub": np.subtract,
+}
+"""What TensorFlow does not compute by itself while a graph is made, and axes and fixed places are made of."""
 
 
 def unbroadcast(gradient: Tensor, like: Tensor) -> Tensor:

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import math
+import string
 from collections.abc import Sequence
 
 import numpy as np
 import tensorflow as tf
 
-from models.gradients_registry import Operation, constant_of, gradient_of, reshaped_like, unbroadcast
+from models.gradients_registry import (
+    NoGradient,
+    Operation,
+    constant_of,
+    gradient_of,
+    is_constant,
+    reshaped_like,
+    unbroadcast,
+)
 from models.ops import Tensor
 
 
@@ -126,7 +135,7 @@ def _slices(op: Operation) -> list[tuple[int | None, slice]]:
             found.append((lengths[len(found)], part))
     found += [(length, slice(None)) for length in lengths[len(found) :]]
     if any(length is None and part != slice(None) and part != slice(None, None, 1) for length, part in found):
-        raise NotImplementedError(f"{op.name!r} takes a part of the batch; take whole examples")
+        raise NoGradient(op, "takes a part of the batch", "treat every example alike, whatever its place")
     return found
 
 
@@ -150,7 +159,7 @@ def _tile(op: Operation, dy: Tensor) -> tuple[Tensor, None]:
             dy = tf.reduce_sum(dy, axis=axis, keepdims=True)
         elif length != tiled:
             if length is None or tiled is None:
-                raise NotImplementedError(f"{op.name!r} repeats examples of the batch")
+                raise NoGradient(op, "repeats examples of the batch", "repeat along another axis")
             rest = [-1 if each is None else each for each in after[axis + 1 :]]
             first = [-1 if each is None else each for each in before[:axis]]
             dy = tf.reduce_sum(tf.reshape(dy, [*first, tiled // length, length, *rest]), axis=axis)
@@ -164,14 +173,27 @@ def _broadcast_to(op: Operation, dy: Tensor) -> tuple[Tensor, None]:
 
 @gradient_of("GatherV2")
 def _gather(op: Operation, dy: Tensor) -> tuple[Tensor, None, None]:
-    """Rows of a table: every row gets the sum of the gradients of where it was used."""
-    table, rows, axis = op.inputs[0], op.inputs[1], int(constant_of(op.inputs[2]))
+    """Rows of a table: every row gets the sum of the gradients of where it was used; or fixed places along an axis."""
+    table, rows, axis = op.inputs[0], op.inputs[1], int(constant_of(op.inputs[2])) % op.inputs[0].shape.rank
+    if op.get_attr("batch_dims") == 0 and axis != 0 and is_constant(rows):
+        return _placed_back(table, constant_of(rows), axis, dy), None, None
     if axis != 0 or op.get_attr("batch_dims") != 0 or not table.shape.is_fully_defined():
-        raise NotImplementedError(f"{op.name!r} gathers from what depends on the batch")
+        raise NoGradient(op, "gathers what depends on the batch", "use fixed places, or multiply by a one-hot mask")
     flat = tf.reshape(dy, [-1, math.prod(table.shape.as_list()[1:])])
     places = tf.reshape(tf.cast(rows, tf.int32), [-1, 1])
     summed = tf.scatter_nd(places, flat, [table.shape[0], flat.shape[1]])
     return tf.reshape(summed, table.shape), None, None
+
+
+def _placed_back(x: Tensor, places: np.ndarray, axis: int, dy: Tensor) -> Tensor:
+    """Return what `tf.gather(x, places, axis=axis)` leaves of dy at each place: a product with a table of ones."""
+    lengths = x.shape.as_list()
+    chosen = np.eye(lengths[axis], dtype=dy.dtype.as_numpy_dtype)[places.reshape(-1)]
+    others = [-1 if length is None else length for length in (*lengths[:axis], *lengths[axis + 1 :])]
+    last = [i for i in range(len(lengths)) if i != axis]
+    flat = tf.reshape(dy, [*others[:axis], chosen.shape[0], *others[axis:]])
+    rows = tf.reshape(tf.transpose(flat, [*last, axis]), [-1, chosen.shape[0]])
+    return tf.transpose(tf.reshape(tf.matmul(rows, chosen), [*others, lengths[axis]]), np.argsort([*last, axis]))
 
 
 @gradient_of("MatMul")
@@ -196,14 +218,23 @@ def _product(a: Tensor, b: Tensor, dy: Tensor, flip_a: bool, flip_b: bool) -> tu
 
 @gradient_of("Einsum")
 def _einsum(op: Operation, dy: Tensor) -> list[Tensor]:
-    """Two operands without ellipsis or repeated letters: each gradient is an einsum of the other two."""
-    inputs, output = op.get_attr("equation").decode().split("->")
+    """Two operands without repeated letters: each gradient is an einsum of the other two."""
+    inputs, output = _without_ellipsis(op).split("->")
     letters = inputs.split(",")
     if len(letters) != 2 or "." in inputs or any(len(set(part)) != len(part) for part in letters):
-        raise NotImplementedError(f"{op.name!r}: einsum {inputs}->{output}; write it with matmul")
+        raise NoGradient(op, f"{inputs}->{output} is not a product of two operands", "write it with matmul")
     (a, b), (left, right) = op.inputs, letters
     if not (set(left) <= set(right + output) and set(right) <= set(left + output)):
-        raise NotImplementedError(
-            f"{op.name!r}: einsum {inputs}->{output} sums one operand alone; use reduce_sum first"
-        )
+        raise NoGradient(op, f"{inputs}->{output} sums one operand alone", "use reduce_sum first")
     return [tf.einsum(f"{output},{right}->{left}", dy, b), tf.einsum(f"{left},{output}->{right}", a, dy)]
+
+
+def _without_ellipsis(op: Operation) -> str:
+    """Return the equation with a letter for each axis that an ellipsis of a single operand stands for."""
+    equation = op.get_attr("equation").decode()
+    parts = equation.split("->")[0].split(",")
+    ranks = [x.shape.rank - len(part.replace("...", "")) for x, part in zip(op.inputs, parts, strict=True)]
+    if sum("..." in part for part in parts) != 1:
+        return str(equation)
+    free = [letter for letter in string.ascii_uppercase if letter not in equation]
+    return str(equation.replace("...", "".join(free[: max(ranks)])))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import tensorflow as tf
 
-from models.gradients_registry import Operation, constant_of, gradient_of
+from models.gradients_registry import NoGradient, Operation, constant_of, gradient_of
 from models.gradients_shapes import spaced
 from models.ops import Tensor
 
@@ -73,9 +73,9 @@ def _windows(op: Operation, x: Tensor, y: Tensor, size: tuple[int, int]) -> _Win
     kind = {attribute.name for attribute in op.op_def.attr}
     dilations = op.get_attr("dilations") if "dilations" in kind else [1, 1, 1, 1]
     if op.get_attr("data_format") != b"NHWC":
-        raise NotImplementedError(f"{op.name!r}: channels must come last (data_format='channels_last')")
+        raise NoGradient(op, "has its channels first", "set data_format='channels_last'")
     if op.get_attr("padding") == b"EXPLICIT":
-        raise NotImplementedError(f"{op.name!r}: explicit padding; use 'same', 'valid' or a padding layer")
+        raise NoGradient(op, "pads by given numbers", "use 'same', 'valid' or a padding layer")
     same = op.get_attr("padding") == b"SAME"
     axes = []
     for axis in (1, 2):
@@ -154,7 +154,7 @@ def _conv2d(op: Operation, dy: Tensor) -> tuple[Tensor, Tensor]:
     x, kernel = op.inputs
     windows = _windows(op, x, op.outputs[0], (kernel.shape[0], kernel.shape[1]))
     if kernel.shape[2] != x.shape[3]:
-        raise NotImplementedError(f"{op.name!r}: a convolution in groups; use DepthwiseConv2D or groups=1")
+        raise NoGradient(op, "convolves in groups", "use DepthwiseConv2D, SeparableConv2D or groups=1")
     rows = tf.reshape(dy, [-1, kernel.shape[3]])
     dw = tf.reshape(tf.matmul(_patches(x, windows), rows, transpose_a=True), kernel.shape)
     if windows.height.stride == windows.width.stride == 1:
@@ -195,6 +195,8 @@ def _transposed(op: Operation, x: Tensor, kernel: Tensor, dy: Tensor) -> Tensor:
 def _conv2d_transpose(op: Operation, dy: Tensor) -> tuple[None, Tensor, Tensor]:
     """y = conv^T(x): dx is the convolution of dy, dW that of dy with x in the place of its gradient."""
     _, kernel, x = op.inputs
+    if max(op.get_attr("dilations")) > 1:
+        raise NoGradient(op, "transposes a convolution with a dilation", "use strides, or a larger kernel")
     strides, padding = op.get_attr("strides"), op.get_attr("padding").decode()
     windows = _windows(op, op.outputs[0], x, (kernel.shape[0], kernel.shape[1]))
     rows = tf.reshape(x, [-1, kernel.shape[3]])

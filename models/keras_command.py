@@ -16,10 +16,10 @@ from typing import Any
 
 import tensorflow as tf
 
-from models.export import Function
-from models.keras_export import export, random_batches
+from models.export import export, random_batches
 from models.keras_training import Training, functions_of, source_inputs, training_of
 from models.lint import lint, table
+from models.program_export import Function
 from sottovoce.bundle import Bundle
 from sottovoce.errors import ConfigError
 from sottovoce.runtime import open_program, runtime_name
@@ -118,7 +118,7 @@ class Choice:
         loss: Keras' name of it.
         optimizer: Keras' name of it.
         metrics: Keras' names of them.
-        int8: See `models.keras_export.export`.
+        int8: See `models.export.export`.
         batch_size: For the time and the memory of a step.
     """
 

@@ -9,6 +9,7 @@ same batch at the same step gives the same mask everywhere, which is what a self
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -31,15 +32,18 @@ def uniform_of(batch: Sequence[Tensor], step: Tensor) -> Uniform:
         batch: The features of a batch, [b, ...] each.
         step: Steps made before, float32[1].
     """
-    count = tf.cast(tf.math.floormod(step, float(_STEP_PERIOD)), tf.int32)
-    seed = count
-    for values in batch:
-        seed = _mixed(seed, _digest(values))
+
+    @functools.cache
+    def seed() -> Tensor:
+        found = tf.cast(tf.math.floormod(step, float(_STEP_PERIOD)), tf.int32)
+        for values in batch:
+            found = _mixed(found, _digest(values))
+        return found
 
     def uniform(shape: Tensor, lengths: Sequence[int | None], made: int) -> Tensor:
         rows = tf.range(shape[0]) if lengths[0] is None else tf.range(lengths[0])
         first, second = (
-            _mixed(_mixed(seed, tf.constant([made * 2 + half])), tf.math.floormod(rows, PRIME)) for half in (0, 1)
+            _mixed(_mixed(seed(), tf.constant([made * 2 + half])), tf.math.floormod(rows, PRIME)) for half in (0, 1)
         )
         column = [-1, *[1] * (len(lengths) - 1)]
         hashed = _cube(tf.reshape(first, column) + _places(lengths[1:], made * 2))

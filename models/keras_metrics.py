@@ -46,26 +46,26 @@ def metrics_of(identifiers: Sequence[Any] | None, loss: Loss) -> tuple[Metric, .
         CannotTrain: One is no mean over examples, or does not fit the labels.
     """
     if identifiers is None:
-        identifiers = ["accuracy"] if "crossentropy" in loss.kind else []
+        identifiers = ["accuracy"] if loss.classes else []
     found = [_metric(_kind(identifier), loss) for identifier in identifiers]
     return tuple({metric.name: metric for metric in found}.values())
 
 
 def _kind(identifier: Any) -> str:
     """Return Keras' name of a metric, whatever its author calls it."""
-    if identifier in ("accuracy", "acc"):
+    if isinstance(identifier, str) and identifier in ("accuracy", "acc"):
         return "accuracy"
     try:
         found = keras.metrics.get(identifier)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise _unknown(str(identifier)) from error
     if getattr(found, "threshold", 0.5) != 0.5:
         raise CannotTrain("binary accuracy with another threshold than 0.5; leave the threshold out")
     named = type(found) if isinstance(found, keras.metrics.Metric) else found
-    name = str(getattr(named, "__name__", identifier))
-    if name not in _KINDS:
-        raise _unknown(name)
-    return _KINDS[name]
+    # Not by its name: an author's own metric may be called like one of Keras.
+    if (kind := next((kind for each, kind in _KINDS if each is named), None)) is None:
+        raise _unknown(str(getattr(named, "__name__", identifier)))
+    return kind
 
 
 def _unknown(name: str) -> CannotTrain:
@@ -81,16 +81,16 @@ def _metric(kind: str, loss: Loss) -> Metric:
             raise CannotTrain(f"the metric {kind!r} of labels that are class numbers ({loss.kind}); use accuracy")
         name, entries = _ERRORS[kind]
         return Metric(name, lambda output, labels: mean_per_example(entries(output, labels)))
-    if "crossentropy" not in loss.kind:
+    if not loss.classes:
         raise CannotTrain(f"the metric {kind!r} of an output with the loss {loss.kind}; use mean_absolute_error")
-    if kind not in ("accuracy", loss.kind.replace("crossentropy", "accuracy")):
+    if kind not in ("accuracy", f"{loss.classes}_accuracy"):
         raise CannotTrain(f"the metric {kind!r} does not fit the labels of the loss {loss.kind}; use accuracy")
     return Metric("correct", lambda output, labels: mean_per_example(_right(loss, output, labels)))
 
 
 def _right(loss: Loss, output: Tensor, labels: Tensor) -> Tensor:
     """Return float32, 1.0 where a label is right."""
-    if loss.kind == "binary_crossentropy":
+    if loss.classes == "binary":
         hits = tf.equal(output > (0.0 if loss.from_logits else 0.5), labels > 0.5)
     else:
         classes = labels if loss.is_sparse else tf.argmax(labels, axis=-1, output_type=tf.int32)
@@ -102,12 +102,15 @@ _ERRORS: Mapping[str, tuple[str, Measure]] = {
     "mean_absolute_error": ("absolute_error", lambda output, labels: tf.abs(output - labels)),
     "mean_squared_error": ("squared_error", lambda output, labels: tf.square(output - labels)),
 }
-_CLASSES: Mapping[str, str] = {
-    "SparseCategoricalAccuracy": "sparse_categorical_accuracy",
-    "CategoricalAccuracy": "categorical_accuracy",
-    "BinaryAccuracy": "binary_accuracy",
-    "MeanAbsoluteError": "mean_absolute_error",
-    "MeanSquaredError": "mean_squared_error",
-}
-_KINDS = {**_CLASSES, **{name: name for name in _CLASSES.values()}}
-"""Name of Keras' class or function -> kind."""
+_KINDS: Sequence[tuple[Any, str]] = [
+    (getattr(keras.metrics, name), kind)
+    for kind, names in {
+        "sparse_categorical_accuracy": ("SparseCategoricalAccuracy", "sparse_categorical_accuracy"),
+        "categorical_accuracy": ("CategoricalAccuracy", "categorical_accuracy"),
+        "binary_accuracy": ("BinaryAccuracy", "binary_accuracy"),
+        "mean_absolute_error": ("MeanAbsoluteError", "mae"),
+        "mean_squared_error": ("MeanSquaredError", "mse"),
+    }.items()
+    for name in names
+]
+"""Keras' class or function, kind."""

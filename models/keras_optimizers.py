@@ -1,4 +1,4 @@
-"""Keras' client optimizers as pure functions: SGD, momentum and Adam, weight decay, clipping by the global norm.
+"""Keras' client optimizers as pure functions: SGD, momentum and Adam, weight decay, clipping.
 
 What an optimizer remembers from step to step (its slots) is part of the program's state and starts at zero in every
 round: slots are not averaged over devices. The learning rate is broadcast, so that the coordinator can lower it.
@@ -7,7 +7,7 @@ round: slots are not averaged over devices. The learning rate is broadcast, so t
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,8 @@ class ClientOptimizer:
         epsilon: Of Adam.
         weight_decay: Share of a weight that is taken off at every step, times the learning rate.
         clip_norm: Largest L2 norm of all gradients together, infinity for any.
+        clip_each: Largest L2 norm of each weight's gradient.
+        clip_value: Largest size of an entry of a gradient.
     """
 
     kind: str
@@ -47,6 +49,8 @@ class ClientOptimizer:
     epsilon: float = 1e-7
     weight_decay: float = 0.0
     clip_norm: float = math.inf
+    clip_each: float = math.inf
+    clip_value: float = math.inf
 
     @property
     def slots(self) -> tuple[str, ...]:
@@ -77,11 +81,15 @@ class ClientOptimizer:
         return found
 
     def _clipped(self, slopes: Tensors) -> Tensors:
-        if not math.isfinite(self.clip_norm):
-            return slopes
-        norm = tf.sqrt(tf.add_n([tf.reduce_sum(value * value) for value in slopes.values()]))
-        factor = self.clip_norm / tf.maximum(norm, self.clip_norm)
-        return {name: value * factor for name, value in slopes.items()}
+        if math.isfinite(self.clip_value):
+            low, high = -self.clip_value, self.clip_value
+            return {name: tf.maximum(tf.minimum(value, high), low) for name, value in slopes.items()}
+        if math.isfinite(self.clip_each):
+            return {name: value * _shrinking([value], self.clip_each) for name, value in slopes.items()}
+        if math.isfinite(self.clip_norm):
+            factor = _shrinking(list(slopes.values()), self.clip_norm)
+            return {name: value * factor for name, value in slopes.items()}
+        return slopes
 
     def _sgd(
         self, name: str, value: Tensor, slope: Tensor, slots: Tensors, rate: Tensor, step: Tensor
@@ -103,6 +111,12 @@ class ClientOptimizer:
         return {name: moved, "first_moment_" + name: first, "second_moment_" + name: second}
 
 
+def _shrinking(values: Sequence[Tensor], largest: float) -> Tensor:
+    """Return the factor that brings the L2 norm of all `values` together down to `largest`, 1 where it is smaller."""
+    norm = tf.sqrt(tf.add_n([tf.reduce_sum(value * value) for value in values]))
+    return largest / tf.maximum(norm, largest)
+
+
 def optimizer_of(identifier: Any) -> ClientOptimizer:
     """Return what a Keras optimizer (a name or an object) means.
 
@@ -113,10 +127,14 @@ def optimizer_of(identifier: Any) -> ClientOptimizer:
         found = keras.optimizers.get(identifier)
     except (ValueError, TypeError) as error:
         raise CannotTrain(f"there is no optimizer {identifier!r}; use keras.optimizers.SGD or Adam") from error
-    settings = found.get_config()
     kind = type(found).__name__
-    if kind not in ("SGD", "Adam", "AdamW"):
+    # An author's subclass may do anything, whatever it is called.
+    if type(found) not in (keras.optimizers.SGD, keras.optimizers.Adam, keras.optimizers.AdamW):
         raise CannotTrain(f"the optimizer {kind} does not run on devices; use keras.optimizers.SGD or Adam")
+    settings = found.get_config()
+    # Keras keeps what `exclude_from_weight_decay` was told, but not in the configuration.
+    if getattr(found, "_exclude_from_weight_decay", None) or getattr(found, "_exclude_from_weight_decay_pattern", None):
+        raise CannotTrain("the optimizer's exclude_from_weight_decay does not run on devices; decay all, or freeze")
     wrong = [name for name in _REFUSED if settings.get(name)]
     if wrong:
         raise CannotTrain(f"the optimizer's {wrong[0]} does not run on devices; {_REFUSED[wrong[0]]}")
@@ -131,13 +149,13 @@ def optimizer_of(identifier: Any) -> ClientOptimizer:
         learning_rate=float(settings["learning_rate"]),
         weight_decay=float(settings.get("weight_decay") or 0.0),
         clip_norm=float(settings.get("global_clipnorm") or math.inf),
+        clip_each=float(settings.get("clipnorm") or math.inf),
+        clip_value=float(settings.get("clipvalue") or math.inf),
         **read,
     )
 
 
 _REFUSED = {
-    "clipnorm": "use global_clipnorm, the norm of all gradients together",
-    "clipvalue": "use global_clipnorm, the norm of all gradients together",
     "use_ema": "leave it out: the coordinator averages",
     "amsgrad": "leave it out",
     "loss_scale_factor": "leave it out: devices compute in float32",

@@ -2,7 +2,8 @@
 
 `trace` runs the model once with symbolic weights and records the operations; `Traced.run` makes them again, in
 TFLite built-ins, wherever they are needed. A weight is *trained*, a *statistic* that the forward pass itself moves (the
-moving mean of BatchNormalization), or *frozen*: then it is a constant of the program and never travels.
+moving mean of BatchNormalization), *given* by the fleet (mean and variance of a Normalization that nobody has adapted),
+or *frozen*: then it is a constant of the program and never travels.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ from models.gradients import RANDOM, CannotTrain, Uniform, layer_of, replay, sco
 from models.keras_quantised import Int8, rounded
 from models.ops import Tensor
 from sottovoce.bundle import Port
-from sottovoce.errors import BadBundle
+from sottovoce.errors import BadBundle, ConfigError
 from sottovoce.types import TensorType
 
 keras = tf.keras
+_LONGEST = 300
+"""Of what Keras says; the rest prints every argument."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +53,7 @@ class Traced:
         features: One port for each input, in the model's order.
         trained: Port name -> Keras variable, what the gradient changes.
         statistics: The same for what the forward pass changes.
+        given: The same for what is broadcast and never changed on a device.
         rounded: Port name -> int8 of the frozen weights that are kept so.
         graphs: training -> (graph, names of placeholders, outputs, moved statistics, penalty).
     """
@@ -58,6 +62,7 @@ class Traced:
     features: tuple[Port, ...]
     trained: Mapping[str, Any]
     statistics: Mapping[str, Any]
+    given: Mapping[str, Any]
     rounded: Mapping[str, Int8]
     graphs: Mapping[bool, _Graph]
 
@@ -86,7 +91,7 @@ class Traced:
         """Return a forward pass in the current graph.
 
         Args:
-            values: Every trained weight, statistic and feature by name, and `learning_rate`.
+            values: Every trained or given weight, statistic and feature by name, and `learning_rate`.
             training: As Keras means it.
             uniform: See `models.gradients.replay`.
             as_it_is: Likewise.
@@ -134,19 +139,32 @@ def trace(model: Any, features: Sequence[Port], *, int8: bool = False) -> Traced
     Raises:
         CannotTrain: The model cannot be traced with an unknown batch size, or does not compute in float32.
     """
-    policy = str(getattr(model.dtype_policy, "compute_dtype", "float32"))
-    if policy != "float32":
-        raise CannotTrain(f"the model computes in {policy}; set keras.config.set_dtype_policy('float32')")
     names = _names(model)
+    _hold(model, {port.name for port in features}, {*names.values()})
     graphs = {training: _traced(model, features, names, training) for training in (True, False)}
     trained = {names[id(v)]: v for v in model.trainable_variables}
     if not trained:
         raise CannotTrain("the model has no weight to train; set layer.trainable = True where it shall learn")
     moved = {names[id(v)]: v for v in model.non_trainable_variables if names[id(v)] in graphs[True].statistics}
-    frozen = {names[id(v)]: v for v in model.non_trainable_variables if names[id(v)] not in moved}
+    given = {names[id(v)]: v for layer in _not_adapted(model) for v in (layer.adapt_mean, layer.adapt_variance)}
+    others = {names[id(v)]: v for v in model.non_trainable_variables}
+    frozen = {name: variable for name, variable in others.items() if name not in {*moved, *given}}
     small = {name: rounded(variable.numpy()) for name, variable in frozen.items() if int8}
     kept = {name: whole for name, whole in small.items() if whole is not None}
-    return Traced(model, tuple(features), trained, moved, kept, graphs)
+    return Traced(model, tuple(features), trained, moved, given, kept, graphs)
+
+
+def _hold(model: Any, features: set[str], weights: set[str]) -> None:
+    """Raise CannotTrain where numbers are not float32, or two tensors would have one name."""
+    policy = str(getattr(model.dtype_policy, "compute_dtype", "float32"))
+    if policy != "float32":
+        raise CannotTrain(f"the model computes in {policy}; set keras.config.set_dtype_policy('float32')")
+    for variable in model.trainable_variables:
+        if variable.dtype != "float32":
+            raise CannotTrain(f"the weight {variable.path!r} is {variable.dtype}; give its layer dtype='float32'")
+    for name in sorted(features):
+        if name in weights | {"y", "learning_rate", "prediction"} or name.startswith(("local_", "y_", "prediction_")):
+            raise CannotTrain(f"input {name!r} has a name that means something else here; call it otherwise")
 
 
 def features_of(model: Any, batch_spec: Mapping[str, str] | None = None) -> tuple[Port, ...]:
@@ -156,21 +174,43 @@ def features_of(model: Any, batch_spec: Mapping[str, str] | None = None) -> tupl
         CannotTrain: The model has no weights yet, does not say what it reads, or leaves another dimension open than
             the batch.
     """
+    if not isinstance(model, keras.Model):
+        raise CannotTrain(f"{type(model).__name__} is no Keras model; put it into keras.Sequential")
     if not model.built:
         raise CannotTrain("the model has no weights yet; give it an Input layer, or call it once")
-    if batch_spec is not None:
-        return tuple(Port(name=name, type=kind) for name, kind in batch_spec.items())
     inputs = getattr(model, "inputs", None)
+    if batch_spec is not None:
+        if not batch_spec or (inputs and len(batch_spec) != len(inputs)):
+            raise CannotTrain(f"batch_spec names {len(batch_spec)} inputs and the model has {len(inputs or '?')}")
+        return tuple(_specified(name, kind) for name, kind in batch_spec.items())
     if not inputs:
         raise CannotTrain("the model does not say what it reads; pass batch_spec, as {'x': 'float32[?,28,28,1]'}")
     names = ["x"] if len(inputs) == 1 else [tensor.name for tensor in inputs]
     return tuple(_feature(model, name, tensor) for name, tensor in zip(names, inputs, strict=True))
 
 
+def _specified(name: str, kind: str) -> Port:
+    """Return the port of an input whose type the author gives."""
+    try:
+        parsed = TensorType.parse(kind)
+    except (BadBundle, ConfigError) as error:
+        raise CannotTrain(f"batch_spec, {name!r}: {error}") from error
+    if parsed.dtype not in ("float32", "int32") or parsed.shape[:1] != (None,) or None in parsed.shape[1:]:
+        raise CannotTrain(
+            f"batch_spec, {name!r}: {kind} is no batch of float32 or int32 whose first dimension alone is open; "
+            "write it like float32[?,28,28,1]"
+        )
+    return Port(name=name, type=kind)
+
+
 def _feature(model: Any, name: str, tensor: Any) -> Port:
     """Return the port of an input; what an Embedding reads must be a row of its table."""
     if None in tensor.shape[1:]:
         raise CannotTrain(f"input {name!r} has the shape {tensor.shape}; only the batch may be unknown: fix the others")
+    if tensor.shape[0] is not None:
+        raise CannotTrain(f"input {name!r} has the fixed batch size {tensor.shape[0]}; leave it out (stateful=False)")
+    if getattr(tensor, "sparse", False) or getattr(tensor, "ragged", False):
+        raise CannotTrain(f"input {name!r} is sparse or ragged; feed dense examples of one length")
     rows = [
         layer.input_dim for layer in model.layers if isinstance(layer, keras.layers.Embedding) and layer.input is tensor
     ]
@@ -189,9 +229,16 @@ def port_type(tensor: Any, dtype: str = "float32") -> str:
 
 
 def _names(model: Any) -> dict[int, str]:
-    """Return a port name for every weight by its id: the layer's path and the weight's name."""
+    """Return a port name for every weight by its id: the layer's path and the weight's name.
+
+    Of the only Normalization that nobody has adapted they are `mean` and `variance`, which a task fills in by name.
+    """
     found: dict[int, str] = {}
+    if len(given := _not_adapted(model)) == 1:
+        found = {id(given[0].adapt_mean): "mean", id(given[0].adapt_variance): "variance"}
     for variable in model.variables:
+        if id(variable) in found:
+            continue
         name = re.sub(r"\W", "_", variable.path.removeprefix(f"{model.name}/"))
         while name in found.values():
             name += "_"
@@ -210,6 +257,7 @@ def _traced(model: Any, features: Sequence[Port], names: Mapping[int, str], trai
     specs = [tf.TensorSpec(kind.shape, kind.dtype) for kind in (TensorType.parse(port.type) for port in features)]
 
     def forward(trained: list[Tensor], rest: list[Tensor], inputs: list[Tensor]) -> Any:
+        _read_moments(model, {id(v): tensor for v, tensor in zip(others, rest, strict=True)})
         found = model.stateless_call(trained, rest, packed(model, inputs), training=training, return_losses=True)
         if any(getattr(output, "_keras_mask", None) is not None for output in tf.nest.flatten(found[0])):
             raise CannotTrain(
@@ -219,13 +267,14 @@ def _traced(model: Any, features: Sequence[Port], names: Mapping[int, str], trai
 
     weights = [[tf.TensorSpec(v.shape, v.dtype) for v in part] for part in (trainable, others)]
     try:
-        with unrolled(model), _labelled(model):
+        with unrolled(model), _labelled(model), _inlined():
             graph = tf.function(forward, autograph=False).get_concrete_function(*weights, specs).graph
     except BadBundle:
         raise
     except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, tf.errors.OpError) as error:
-        told = " ".join(str(error).split())
-        raise CannotTrain(f"the model cannot be called with an unknown batch size: {told}") from error
+        raise CannotTrain(f"the model cannot be called with an unknown batch size: {told(error)}") from error
+    finally:
+        follow_moments(model)
     for tensor in tf.nest.flatten(graph.structured_outputs[0]):
         if not tensor.shape.rank or None in tensor.shape[1:] or tensor.shape[0] is not None:
             layer = layer_of(source_of(tensor).name)
@@ -240,8 +289,14 @@ def _traced(model: Any, features: Sequence[Port], names: Mapping[int, str], trai
     statistics = {}
     for variable, tensor in zip(others, moved, strict=True):
         source = source_of(tensor)
-        if source.name != inputs[names[id(variable)]] and variable.dtype == "float32":
-            statistics[names[id(variable)]] = tensor
+        if source.name == inputs[names[id(variable)]] or variable.path.endswith("seed_generator_state"):
+            continue
+        if variable.dtype != "float32":
+            raise CannotTrain(
+                f"the weight {variable.path!r} changes when the model is called, and is {variable.dtype}; what devices "
+                "keep is float32: give it dtype='float32'"
+            )
+        statistics[names[id(variable)]] = tensor
     values = {inputs[names[id(v)]]: v.numpy() for v in others}
     captured = {inside.name: outside.numpy() for outside, inside in graph.captures if outside.dtype != tf.resource}
     flat = tf.nest.flatten(outputs)
@@ -270,6 +325,31 @@ def packed(model: Any, inputs: Sequence[Any]) -> Any:
     return inputs[0] if len(inputs) == 1 else list(inputs)
 
 
+def follow_moments(model: Any) -> None:
+    """Make every Normalization of `model` use its variables as they are; Keras copies them when it adapts a layer."""
+    for layer in _normalizations(model):
+        layer.finalize_state()
+
+
+def _read_moments(model: Any, values: Mapping[int, Tensor]) -> None:
+    """Make every Normalization of `model` use the symbolic `values` of its variables, by their ids."""
+    for layer in _normalizations(model):
+        mean, variance = values[id(layer.adapt_mean)], values[id(layer.adapt_variance)]
+        layer.mean, layer.variance = (tf.reshape(value, layer.mean.shape) for value in (mean, variance))
+
+
+def _normalizations(model: Any) -> list[Any]:
+    """Return the Normalization layers of `model` whose mean and variance are variables."""
+    layers = [layer for layer in every_layer(model) if isinstance(layer, keras.layers.Normalization)]
+    return [layer for layer in layers if layer.built and layer.input_mean is None]
+
+
+def _not_adapted(model: Any) -> list[Any]:
+    """Return the Normalization layers of `model` with the mean 0 and variance 1 that Keras gives them at first."""
+    layers = _normalizations(model)
+    return [each for each in layers if not each.adapt_mean.numpy().any() and (each.adapt_variance.numpy() == 1).all()]
+
+
 @contextlib.contextmanager
 def unrolled(model: Any) -> Iterator[None]:
     """While it lasts every recurrent layer of `model` is unrolled: devices have no loop with a gradient."""
@@ -281,6 +361,22 @@ def unrolled(model: Any) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.unroll = False
+
+
+def told(error: Exception) -> str:
+    """Return what TensorFlow or Keras says, on one line, without colours, and not all of it."""
+    return re.sub(r"\x1b\[[0-9;]*m", "", " ".join(str(error).split()))[:_LONGEST]
+
+
+@contextlib.contextmanager
+def _inlined() -> Iterator[None]:
+    """While it lasts a tf.function within the model makes its operations where it is called."""
+    before = tf.config.functions_run_eagerly()
+    tf.config.run_functions_eagerly(True)
+    try:
+        yield
+    finally:
+        tf.config.run_functions_eagerly(before)
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ for FedProx the weights that were broadcast.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,6 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from models.export import DELTA, LOCAL, Arrays, Function, Tensors, port_of, scalar_ports, take
 from models.gradients import CannotTrain, built_in_gradients, slopes
 from models.keras_dropout import uniform_of
 from models.keras_losses import Loss, loss_of
@@ -23,6 +23,7 @@ from models.keras_optimizers import ClientOptimizer, optimizer_of
 from models.keras_tracing import Pass, Traced, features_of, port_type, trace
 from models.lint import refuse
 from models.ops import Tensor
+from models.program_export import DELTA, LOCAL, Arrays, Function, Tensors, port_of, scalar_ports, take
 from sottovoce.bundle import Port, RoleName
 from sottovoce.types import Array
 
@@ -67,14 +68,14 @@ class Training:
         ]
         return ("loss", *(name if single else f"{name}_{output}" for name, output in pairs))
 
-    def sums(self, outputs: Sequence[Tensor], batch: Tensors) -> list[Tensor]:
-        """Return every metric but `loss`, summed over a batch: float32 [1], in the order of `metrics`."""
+    def measures(self, outputs: Sequence[Tensor], batch: Tensors) -> list[Tensor]:
+        """Return every metric but `loss` of each example of a batch: float32 [b], in the order of `metrics`."""
         triples = zip(self.measured, outputs, self.labels, strict=True)
-        return [_sum(each.measure(out, batch[port.name])) for found, out, port in triples for each in found]
+        return [each.measure(out, batch[port.name]) for found, out, port in triples for each in found]
 
     def initial(self) -> dict[str, Array]:
         """Return the first value of every broadcast port: the model's weights as they are, and the learning rate."""
-        weights = {**self.traced.trained, **self.traced.statistics}
+        weights = {**self.traced.trained, **self.traced.statistics, **self.traced.given}
         rate = np.array([self.optimizer.learning_rate], np.float32)
         return {**{name: variable.numpy() for name, variable in weights.items()}, "learning_rate": rate}
 
@@ -95,13 +96,16 @@ def training_of(
     Raises:
         CannotTrain: The text names the layer and the cure.
     """
+    if not 0.0 <= proximal < math.inf:
+        raise CannotTrain(f"proximal is {proximal}; it is a number of at least 0")
     features = features_of(model, batch_spec)
     traced = trace(model, features, int8=int8)
     refuse(traced)
     outputs = traced.graphs[False].outputs
     identifiers = per_output(loss, traced.output_names, "losses")
     weights = per_output(1.0 if loss_weights is None else loss_weights, traced.output_names, "loss weights")
-    losses = tuple(loss_of(each, float(weight)) for each, weight in zip(identifiers, weights, strict=True))
+    pairs = zip(identifiers, outputs, map(_weight_of, weights), strict=True)
+    losses = tuple(loss_of(each, output, weight) for each, output, weight in pairs)
     wanted = _metrics_per_output(metrics, traced.output_names)
     names, labels = _port_names(traced)
     return Training(
@@ -113,6 +117,12 @@ def training_of(
         optimizer=optimizer_of(optimizer),
         proximal=proximal,
     )
+
+
+def _weight_of(given: Any) -> float:
+    if not isinstance(given, (int, float)):
+        raise CannotTrain(f"the loss weight {given!r} is no number")
+    return float(given)
 
 
 def per_output(given: Any, names: Sequence[str], what: str) -> list[Any]:
@@ -193,21 +203,24 @@ def _begin(training: Training, tensors: Tensors) -> Tensors:
 def _step(training: Training, tensors: Tensors) -> Tensors:
     weights = take(training.traced.trained, tensors, prefix=LOCAL)
     statistics = take(training.traced.statistics, tensors, prefix=LOCAL)
+    given = take(training.traced.given, tensors, prefix=LOCAL)
     rate, steps = tensors[LOCAL + "learning_rate"], tensors[LOCAL + STEPS]
     with built_in_gradients():
-        known = {**weights, **statistics, "learning_rate": rate}
+        known = {**weights, **statistics, **given, "learning_rate": rate}
         found = forward(training, known, tensors, steps, is_training=True)
-        losses, metrics = _scores(training, found, tensors)
+        scores = scores_of(training, found, tensors)
+        losses = scores["loss"]
         total = tf.reduce_mean(losses) if found.penalty is None else tf.reduce_mean(losses) + found.penalty
     directions = dict(zip(weights, slopes(total, list(weights.values())), strict=True))
-    state = {LOCAL + "learning_rate": tf.identity(rate), LOCAL + STEPS: steps + 1.0}
+    kept = {LOCAL + name: tf.identity(value) for name, value in given.items()}
+    state = {**kept, LOCAL + "learning_rate": tf.identity(rate), LOCAL + STEPS: steps + 1.0}
     if training.proximal:
         before = take(weights, tensors, prefix=LOCAL + _BEFORE)
         directions = {n: d + training.proximal * (weights[n] - before[n]) for n, d in directions.items()}
         state |= {LOCAL + _BEFORE + name: tf.identity(value) for name, value in before.items()}
     slots = take([slot for slot, _ in _slots(training)], tensors, prefix=LOCAL)
     moved = training.optimizer.apply(weights, directions, slots, rate=rate, step=steps)
-    return {**state, **{LOCAL + n: v for n, v in {**moved, **found.statistics}.items()}, **metrics}
+    return {**state, **{LOCAL + n: v for n, v in {**moved, **found.statistics}.items()}, **summed(scores)}
 
 
 def _infer(training: Training, tensors: Tensors) -> Tensors:
@@ -217,8 +230,8 @@ def _infer(training: Training, tensors: Tensors) -> Tensors:
 
 def _evaluate(training: Training, tensors: Tensors) -> Tensors:
     found = forward(training, tensors, tensors, tf.zeros([1]), is_training=False)
-    losses, metrics = _scores(training, found, tensors)
-    return {**metrics, "examples": _sum(tf.ones_like(losses))}
+    scores = scores_of(training, found, tensors)
+    return summed({**scores, "examples": tf.ones_like(scores["loss"])})
 
 
 def forward(
@@ -230,16 +243,16 @@ def forward(
     return training.traced.run({**weights, **features}, training=is_training, uniform=uniform, as_it_is=as_it_is)
 
 
-def _scores(training: Training, found: Pass, batch: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the loss of each example over all outputs, and the metrics, summed over a batch."""
+def scores_of(training: Training, found: Pass, batch: Tensors) -> dict[str, Tensor]:
+    """Return the metrics of each example: `loss` over all outputs and the others, float32 [b], in their order."""
     triples = list(zip(training.losses, found.outputs, training.labels, strict=True))
     losses = tf.add_n([loss.per_example(output, batch[port.name]) for loss, output, port in triples])
-    sums = [_sum(losses), *training.sums(found.outputs, batch)]
-    return losses, dict(zip(training.metrics, sums, strict=True))
+    return dict(zip(training.metrics, [losses, *training.measures(found.outputs, batch)], strict=True))
 
 
-def _sum(values: Tensor) -> Tensor:
-    return tf.reshape(tf.reduce_sum(values), [1])
+def summed(scores: Tensors) -> dict[str, Tensor]:
+    """Return each of `scores` summed over the batch: float32 [1]."""
+    return {name: tf.reshape(tf.reduce_sum(values), [1]) for name, values in scores.items()}
 
 
 def source_inputs(training: Training) -> tuple[Port, ...]:

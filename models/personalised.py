@@ -1,7 +1,7 @@
 """A client program that says what a model gains when it is fine-tuned on the device's own examples.
 
 Every batch is a trial of its own. Its rows are divided: every fourth, counted from the fourth, is a *query*, the others
-are the *support*. The broadcast model is scored on the queries; a copy of it makes a few gradient steps on the
+are the *support*. The broadcast model is scored on the queries; a copy of it makes a few training steps on the
 support; the copy is scored on the same queries, which it has never seen; then it is thrown away. (These are the words
 of few-shot learning, and of Wang et al. 2019, arXiv 1910.10252, "Federated Evaluation of On-device Personalization".)
 With a batch as large as a device's data there is one trial a device. Nothing is kept, so the order of the examples, the
@@ -10,82 +10,92 @@ number of batches and a batch that is smaller than the others change nothing in 
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import numpy as np
 import tensorflow as tf
 
-from models.export import (
-    LOCAL,
-    Function,
-    Model,
-    ProgramSource,
-    Tensors,
-    export,
-    gradients,
-    port_of,
-    random_batches,
-    run_with_tensorflow,
-    scores,
-    take,
-)
-from models.ops import BuiltIns, Operations, Plain, Tensor
-from sottovoce.bundle import Bundle, Port, Result, RoleName
+from models.export import bundle_of, random_batches, source_of
+from models.gradients import CannotTrain
+from models.keras_reference import reference_of, scores_in_keras
+from models.keras_training import Training, forward, functions_of, scores_of, training_of
+from models.ops import Tensor
+from models.program_export import DELTA, LOCAL, Arrays, ProgramSource, Tensors, port_of
+from sottovoce.bundle import Bundle, Port, Result
+from sottovoce.types import Array
 
 QUERY_EVERY = 4
 """One row in so many is a query."""
 _COUNTS = ("examples", "before_correct", "after_correct")
 _LOSSES = ("before_loss", "after_loss")
+_SCORES = ("loss", "correct")
+_TOTALS = (
+    *(Port(name=name, type="int32[1]") for name in _COUNTS),
+    *(Port(name=name, type="float32[1]") for name in _LOSSES),
+)
 
 
-def export_personalised(model: Model, *, steps: int = 5) -> Bundle:
-    """Return the program that evaluates `model` before and after fine-tuning it.
+def export_personalised(
+    model: Any,
+    *,
+    loss: Any,
+    optimizer: Any,
+    steps: int = 5,
+    batch_spec: Mapping[str, str] | None = None,
+    description: str = "",
+) -> Bundle:
+    """Return the program that evaluates a Keras model before and after fine-tuning it.
 
-    Broadcast: weights, constants, `learning_rate` float32[1], as `export_model`. Results, each of one port of its own
-    name: `examples`, `before_correct`, `after_correct` (int32[1], over all queries), `before_loss`, `after_loss`
-    (float32[1], sums over all queries).
+    Broadcast: as `models.export.export`. Results, each of one port of its own name: `examples`, `before_correct`,
+    `after_correct` (int32[1], over all queries), `before_loss`, `after_loss` (float32[1], sums over all queries).
 
     Args:
-        model: A classifier.
-        steps: Gradient steps of SGD on the whole support of a batch, at least 1; the program grows with them.
+        model: As in `models.export.export`: one output of classes, one label for each example.
+        loss: As there, with class numbers as labels.
+        optimizer: As there; of the fine-tuning.
+        steps: Training steps on the whole support of a batch, at least 1; the program grows with them.
+        batch_spec: As there.
+        description: As there.
 
     Raises:
-        BadBundle: The forward pass uses an operation whose gradient is not a TFLite built-in.
-        SelfTestFailed: The runtime's results are not those of TensorFlow.
+        CannotTrain: The text names the layer and the cure; or labels are not one class number for each example.
+        SelfTestFailed: The runtime's results are not those of Keras.
     """
-    initial = {**model.weights, **model.constants, "learning_rate": np.array([model.learning_rate], np.float32)}
-    totals = (*(Port(name=name, type="int32[1]") for name in _COUNTS), *_float_ports(_LOSSES))
-    return export(
-        ProgramSource(
-            name=f"{model.name}_personalised",
-            description=f"{model.description} Compares it before and after fine-tuning on the device's own examples.",
-            functions=_functions(model, BuiltIns(), steps),
-            broadcast=tuple(port_of(name, value) for name, value in initial.items()),
-            state=(
-                *(port_of(LOCAL + name, value) for name, value in initial.items()),
-                *(Port(name=LOCAL + port.name, type=port.type) for port in totals),
-            ),
-            batch=(Port(name="x", type=model.features), Port(name="y", type="int32[?]", low=0, high=model.classes - 1)),
-            results=tuple(Result(name=port.name, ports=(port,)) for port in totals),
-            initial=initial,
-            test_broadcast=model.test_constants,
-            test_batches=random_batches(model, sizes=(8, 1, 5)),
-            reference=lambda broadcast, batches: run_with_tensorflow(
-                _functions(model, Plain(), steps), broadcast, batches
-            ),
-            tolerance=1e-3,
+    training = training_of(model, loss=loss, optimizer=optimizer, metrics=["accuracy"], batch_spec=batch_spec)
+    if [port.type for port in training.labels] != ["int32[?]"]:
+        raise CannotTrain(
+            "personalised evaluation counts right answers: one output, and one class number for each example; use the "
+            "loss sparse_categorical_crossentropy"
         )
+    return bundle_of(_source(training, model.name, description, steps))
+
+
+def _source(training: Training, name: str, description: str, steps: int) -> ProgramSource:
+    plain = source_of(training, name, description)
+    return dataclasses.replace(
+        plain,
+        name=f"{name}_personalised",
+        description=f"{plain.description} Compares it before and after fine-tuning on the device's own examples.",
+        functions={
+            "begin": _begin,
+            "step": lambda tensors: _step(training, steps, tensors),
+            "finish": lambda tensors: {port.name: tensors[LOCAL + port.name] + 0 for port in _TOTALS},
+        },
+        state=(
+            *(port_of(LOCAL + each, value) for each, value in plain.initial.items()),
+            *(Port(name=LOCAL + port.name, type=port.type) for port in _TOTALS),
+        ),
+        results=tuple(Result(name=port.name, ports=(port,)) for port in _TOTALS),
+        metrics=(),
+        features=(),
+        predictions=(),
+        sums=(),
+        test_batches=random_batches(plain.batch, name, (8, 1, 5)),
+        reference=lambda broadcast, batches: _reference(training, steps, broadcast, batches),
+        tolerance=1e-3,
     )
-
-
-def _float_ports(names: tuple[str, ...]) -> tuple[Port, ...]:
-    return tuple(Port(name=name, type="float32[1]") for name in names)
-
-
-def _functions(model: Model, operations: Operations, steps: int) -> dict[RoleName, Function]:
-    return {
-        "begin": _begin,
-        "step": lambda tensors: _step(model, operations, steps, tensors),
-        "finish": lambda tensors: {name: tensors[LOCAL + name] + 0 for name in (*_COUNTS, *_LOSSES)},
-    }
 
 
 def _begin(tensors: Tensors) -> Tensors:
@@ -96,45 +106,70 @@ def _begin(tensors: Tensors) -> Tensors:
     }
 
 
-def _step(model: Model, operations: Operations, steps: int, tensors: Tensors) -> Tensors:
-    weights = take(model.weights, tensors, prefix=LOCAL)
-    constants = take(model.constants, tensors, prefix=LOCAL)
-    query = _queries(tensors["y"])
-    support = _share(1.0 - query)
-    rate, tuned = tensors[LOCAL + "learning_rate"], weights
-    for _ in range(steps):
-        slopes, _, _ = gradients(model, operations, tuned, constants, tensors, rows=support)
-        tuned = {name: value - rate * slopes[name] for name, value in tuned.items()}
+def _step(training: Training, steps: int, tensors: Tensors) -> Tensors:
+    names = (*training.learned, *training.traced.given, "learning_rate")
+    broadcast = {name: tensors[LOCAL + name] for name in names}
+    batch = {port.name: tensors[port.name] for port in (*training.traced.features, *training.labels)}
+    query = _queries(batch)
     found = {
         "examples": tf.reduce_sum(query, keepdims=True),
-        **_scored("before_", model, operations, weights, constants, tensors, query),
-        **_scored("after_", model, operations, tuned, constants, tensors, query),
+        **_scored("before_", training, broadcast, batch, query),
+        **_scored("after_", training, _tuned(training, steps, broadcast, _support(batch)), batch, query),
     }
-    kept = {LOCAL + name: tf.identity(tensors[LOCAL + name]) for name in (*weights, *constants, "learning_rate")}
     counts = {LOCAL + name: tensors[LOCAL + name] + tf.cast(found[name], tf.int32) for name in _COUNTS}
-    return {**kept, **counts, **{LOCAL + name: tensors[LOCAL + name] + found[name] for name in _LOSSES}}
+    return {
+        **{LOCAL + name: tf.identity(value) for name, value in broadcast.items()},
+        **counts,
+        **{LOCAL + name: tensors[LOCAL + name] + found[name] for name in _LOSSES},
+    }
 
 
-def _queries(labels: Tensor) -> Tensor:
+def _tuned(training: Training, steps: int, broadcast: Tensors, support: Tensors) -> Tensors:
+    """Return `broadcast` after some training steps on `support`."""
+    functions = functions_of(training)
+    state = functions["begin"](broadcast)
+    for _ in range(steps):
+        after = functions["step"]({**state, **support})
+        state = {name: after[name] for name in state}
+    return {name: state[LOCAL + name] for name in broadcast}
+
+
+def _queries(batch: Tensors) -> Tensor:
     """Return 1.0 for every fourth row, else 0.0, shape [b]."""
-    positions = tf.range(tf.shape(labels)[0])
+    positions = tf.range(_rows(batch))
     return tf.cast(tf.equal(positions % QUERY_EVERY, QUERY_EVERY - 1), tf.float32)
 
 
-def _share(rows: Tensor) -> Tensor:
-    """Return `rows` divided by their sum: the weights of a mean over them."""
-    return rows / tf.maximum(tf.reduce_sum(rows), 1.0)
+def _support(batch: Tensors) -> Tensors:
+    """Return the rows that are no queries, of which every batch has one: of four rows the first three."""
+    count = _rows(batch)
+    order = tf.range(count - count // QUERY_EVERY)
+    return {name: tf.gather(values, order + order // (QUERY_EVERY - 1)) for name, values in batch.items()}
 
 
-def _scored(
-    prefix: str,
-    model: Model,
-    operations: Operations,
-    weights: Tensors,
-    constants: Tensors,
-    tensors: Tensors,
-    query: Tensor,
-) -> dict[str, Tensor]:
-    logits = model.forward(operations, weights, constants, tensors["x"])
-    losses = operations.softmax_cross_entropy(logits, tensors["y"])
-    return {prefix + name: value for name, value in scores(logits, losses, tensors["y"], rows=query).items()}
+def _rows(batch: Tensors) -> Tensor:
+    return tf.shape(next(iter(batch.values())))[0]
+
+
+def _scored(prefix: str, training: Training, weights: Tensors, batch: Tensors, query: Tensor) -> dict[str, Tensor]:
+    """Return the summed scores of the queries; all rows are run, because devices cannot run an empty batch."""
+    scores = scores_of(training, forward(training, weights, batch, tf.zeros([1]), is_training=False), batch)
+    return {prefix + name: tf.reduce_sum(scores[name] * query, keepdims=True) for name in _SCORES}
+
+
+def _reference(training: Training, steps: int, broadcast: Arrays, batches: Sequence[Arrays]) -> dict[str, Array]:
+    """Return what Keras finds when it tunes on the support of each batch and is scored on the queries."""
+    totals = dict.fromkeys((*_COUNTS, *_LOSSES), 0.0)
+    for batch in batches:
+        count = len(next(iter(batch.values())))
+        is_query = np.arange(count) % QUERY_EVERY == QUERY_EVERY - 1
+        if not is_query.any():
+            continue
+        support, query = ({name: values[rows] for name, values in batch.items()} for rows in (~is_query, is_query))
+        change = reference_of(training, broadcast, [support] * steps)
+        tuned = {**broadcast, **{name: broadcast[name] + change[DELTA + name] for name in training.learned}}
+        totals["examples"] += is_query.sum()
+        for prefix, weights in (("before_", broadcast), ("after_", tuned)):
+            scores = scores_in_keras(training, weights, query)
+            totals |= {prefix + name: totals[prefix + name] + scores[name] for name in _SCORES}
+    return {port.name: np.array([totals[port.name]], port.tensor_type.numpy_dtype) for port in _TOTALS}

@@ -1,14 +1,19 @@
 """The command `scripts/bench_step`: a training step as devices run it, held against TensorFlow's own.
 
-Both train the same Keras model with the same optimizer on the same batch: `Program.step` of the exported bundle, with
-all its checks and copies, and a `tf.function` over Keras' own gradient and optimizer. They run in turn, one step each,
-so that what else the machine does hits both; what counts is CPU time.
+All train the same Keras model with the same optimizer on the same batch: `Program.step` of the exported bundle, with
+all its checks and copies, and a `tf.function` over Keras' own gradient and optimizer, plain and compiled by XLA. They
+run in turn, one step each, so that what else the machine does hits all; what counts is CPU time. The device is held
+against TensorFlow's fastest form.
+
+TensorFlow's plain form depends on oneDNN, which it uses by itself on some CPUs only (those with AVX512-VNNI or better);
+`scripts/bench_step` turns it on, because it takes half of the time of a convolution's gradients.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +23,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from models.keras_export import export, random_batches
+from models.export import export, random_batches
 from models.ops import Tensor
 from models.step_formulations import QUESTIONS, opened
 from models.zoo.mnist_cnn import mnist_cnn
@@ -54,7 +59,8 @@ class Comparison:
         parameters: How many weights it trains.
         batch_size: Examples of a step.
         device: On the TFLite runtime.
-        tensorflow: On TensorFlow.
+        tensorflow: On TensorFlow, as `tf.function` makes it.
+        xla: The same compiled by XLA.
     """
 
     model: str
@@ -62,11 +68,12 @@ class Comparison:
     batch_size: int
     device: Timing
     tensorflow: Timing
+    xla: Timing
 
     @property
     def ratio(self) -> float:
-        """The device's median over TensorFlow's."""
-        return self.device.median_ms / self.tensorflow.median_ms
+        """The device's median over that of TensorFlow's faster form."""
+        return self.device.median_ms / min(self.tensorflow.median_ms, self.xla.median_ms)
 
 
 def in_turn(runs: Runs, *, repeats: int) -> dict[str, Timing]:
@@ -99,19 +106,32 @@ def compare(model: Any, *, batch_size: int, repeats: int) -> Comparison:
     labels = [values for port, values in batch.items() if port not in features]
     program = open_program(bundle)
     state = program.begin(decode_tensors(bundle.initial))
-    runs = {"device": lambda: program.step(state, batch), "tensorflow": keras_step(model, [*features.values()], labels)}
+    runs = {
+        "device": lambda: program.step(state, batch),
+        "tensorflow": keras_step(model, [*features.values()], labels),
+        "xla": keras_step(model, [*features.values()], labels, xla=True),
+    }
     found = in_turn(runs, repeats=repeats)
     parameters = sum(int(tf.size(weight)) for weight in model.trainable_variables)
-    return Comparison(model.name, parameters, batch_size, found["device"], found["tensorflow"])
+    return Comparison(model.name, parameters, batch_size, **found)
 
 
-def keras_step(model: Any, features: Sequence[Array], labels: Sequence[Array]) -> Callable[[], Tensor]:
-    """Return a step of TensorFlow on one batch, which returns its loss; `model` has one input and one output."""
+def keras_step(
+    model: Any, features: Sequence[Array], labels: Sequence[Array], *, xla: bool = False
+) -> Callable[[], Tensor]:
+    """Return a step of TensorFlow on one batch, which returns its loss.
+
+    Args:
+        model: Compiled, of one input and one output.
+        features: One array.
+        labels: One array.
+        xla: Compile the step with XLA.
+    """
     (x,), (y,) = (list(map(tf.constant, part)) for part in (features, labels))
     loss_of = tf.keras.losses.get(model.loss)
     model.optimizer.build(model.trainable_variables)
 
-    @tf.function  # type: ignore[untyped-decorator]
+    @tf.function(jit_compile=xla or None)  # type: ignore[untyped-decorator]
     def step(x: Tensor, y: Tensor) -> Tensor:
         with tf.GradientTape() as tape:
             loss = tf.reduce_mean(loss_of(y, model(x, training=True)))
@@ -123,13 +143,24 @@ def keras_step(model: Any, features: Sequence[Array], labels: Sequence[Array]) -
 
 def table(lines: Sequence[Comparison]) -> list[str]:
     """Return the comparisons as text, a line each."""
-    head = f"{'model':<12} {'parameters':>10} {'batch':>5}  {'device, ms':>15}  {'TensorFlow, ms':>15}  {'ratio':>6}"
+    columns = ("device, ms", "tf.function, ms", "XLA, ms")
+    head = (
+        f"{'model':<12} {'parameters':>10} {'batch':>5}  {'  '.join(f'{each:>15}' for each in columns)}  {'ratio':>6}"
+    )
     rows = [
         f"{line.model:<12} {line.parameters:>10,} {line.batch_size:>5}  {_both(line.device):>15}  "
-        f"{_both(line.tensorflow):>15}  {line.ratio:>6.2f}"
+        f"{_both(line.tensorflow):>15}  {_both(line.xla):>15}  {line.ratio:>6.2f}"
         for line in lines
     ]
-    return [head, *rows, f"median (least) CPU time of a step, one thread, in turn; device: {runtime_name()}"]
+    how = f"median (least) CPU time of a step, one thread, in turn; ratio to the faster of the two; {_versions()}"
+    return [head, *rows, how]
+
+
+def _versions() -> str:
+    one_dnn = {"0": "without oneDNN", "1": "with oneDNN"}.get(
+        os.environ.get("TF_ENABLE_ONEDNN_OPTS", ""), "as it comes"
+    )
+    return f"device: {runtime_name()}; TensorFlow {tf.__version__} {one_dnn}"
 
 
 def _both(timing: Timing) -> str:

@@ -14,8 +14,9 @@ import numpy as np
 import tensorflow as tf
 
 from models.conversion import flatbuffer_of
-from models.convolutions import HEIGHT, WIDTH, Slide, WithGradient, halved, side_by_side, whole
+from models.convolutions import HEIGHT, WIDTH, Slide, WithGradient, halved, side_by_side, summed, whole
 from models.gradients import built_in_gradients, slopes
+from models.gradients_shapes import spaced
 from models.ops import Tensor
 from sottovoce.errors import ProgramError
 from sottovoce.runtime import open_function
@@ -137,6 +138,12 @@ def _by_taps(x: Tensor, kernel: Tensor) -> Tensor:
     return _image(_summed([tf.matmul(_rows(cut), tap) for cut, tap in zip(_cuts(x), taps, strict=True)]))
 
 
+def _halved_by_height(x: Tensor, kernel: Tensor) -> Tensor:
+    """Windows along the height side by side, the product, and its parts shifted along the width."""
+    flat = tf.reshape(tf.transpose(kernel, [0, 2, 1, 3]), [TAPS * CHANNELS, TAPS * FILTERS])
+    return summed(_image(tf.matmul(_rows(side_by_side(x, HEIGHT, _SLIDE)), flat)), WIDTH, _SLIDE)
+
+
 # --- The gradient for the input.
 
 
@@ -172,6 +179,21 @@ def _input_slope(way: Way) -> Formulation:
         return way(x, kernel, _SLIDE, _SLIDE)[1](dy)[0]
 
     return of
+
+
+_LENGTH = 128
+_ALONG = Slide(_LENGTH, _LENGTH, _SLIDE.shifts)
+_STILL = Slide(1, 1, (0,))
+
+
+def _col2im_of_a_row(dy: Tensor, kernel: Tensor) -> Tensor:
+    shares = tf.matmul(_rows(dy), tf.reshape(tf.transpose(kernel, [3, 0, 1, 2]), [CHANNELS, TAPS * CHANNELS]))
+    return summed(tf.reshape(shares, [-1, 1, _LENGTH, TAPS * CHANNELS]), WIDTH, _ALONG.back)
+
+
+def _slope_of_a_row(dy: Tensor, kernel: Tensor) -> Tensor:
+    x = tf.ensure_shape(tf.zeros([tf.shape(dy)[0], 1, _LENGTH, CHANNELS]), [None, 1, _LENGTH, CHANNELS])
+    return whole(x, kernel, _STILL, _ALONG)[1](dy)[0]
 
 
 # --- The gradient for the kernel.
@@ -240,6 +262,34 @@ def _pool_by_tiles(missed: Callable[[Tensor, Tensor], Tensor]) -> Formulation:
     return of
 
 
+def _average_in_use(dy: Tensor, x: Tensor) -> Tensor:
+    with built_in_gradients():
+        pooled = tf.nn.avg_pool2d(x, 2, 2, "VALID")
+    return slopes(pooled, [x], upstream=dy)[0]
+
+
+def _average_between_zeros(dy: Tensor, x: Tensor) -> Tensor:
+    """Every tap's share between zeros, and their sum."""
+    share = spaced(spaced(dy * 0.25, HEIGHT, 2), WIDTH, 2)
+    return _summed([tf.pad(share, [[0, 0], [i, 1 - i], [j, 1 - j], [0, 0]]) for i, j in np.ndindex(2, 2)])
+
+
+# --- Sums, and what goes back from them.
+
+
+def _product_with_ones(dy: Tensor) -> Tensor:
+    rows = _rows(dy)
+    return tf.matmul(rows[:, :1] * 0.0 + 1.0, rows, transpose_a=True)
+
+
+def _in_two_sums(dy: Tensor) -> Tensor:
+    return tf.reduce_sum(tf.reduce_sum(dy, axis=[1, 2]), axis=0, keepdims=True)
+
+
+def _spread(dy: Tensor) -> Tensor:
+    return tf.reshape(dy, [-1, 1, 1, FILTERS])
+
+
 _X, _DY = (BATCH, SIDE, SIDE, CHANNELS), (BATCH, SIDE, SIDE, FILTERS)
 _KERNEL = (TAPS, TAPS, CHANNELS, FILTERS)
 _WIDE = (BATCH, 2 * SIDE, 2 * SIDE, CHANNELS)
@@ -255,6 +305,7 @@ QUESTIONS: Mapping[str, Question] = {
             "im2col, width then height": _by_matmul(_in_two),
             "a product for each row": _by_rows,
             "a product for each tap": _by_taps,
+            "halved, height first": _halved_by_height,
             "halved, in use": lambda x, kernel: halved(x, kernel, _SLIDE, _SLIDE)[0],
         },
     ),
@@ -270,6 +321,11 @@ QUESTIONS: Mapping[str, Question] = {
             "whole": _input_slope(whole),
             "halved, in use": _input_slope(halved),
         },
+    ),
+    "input gradient, one axis": Question(
+        "dX of a convolution of 5 taps over [10, 128, 32]",
+        {"dy": (BATCH, 1, _LENGTH, CHANNELS), "kernel": (1, TAPS, CHANNELS, CHANNELS)},
+        {"col2im": _col2im_of_a_row, "windows of dy, in use": _slope_of_a_row},
     ),
     "kernel gradient": Question(
         "dW of that convolution",
@@ -292,6 +348,35 @@ QUESTIONS: Mapping[str, Question] = {
             "tiles, GREATER": _pool_by_tiles(lambda y, cut: tf.cast(y > cut, y.dtype)),
             "tiles, SIGN": _pool_by_tiles(lambda y, cut: tf.sign(y - cut)),
             "in use": _pool_in_use,
+        },
+    ),
+    "average pooling gradient": Question(
+        "dX of an average pooling 2x2 over [10, 28, 28, 32]",
+        {"dy": _X, "x": _WIDE},
+        {
+            "shifted between zeros": _average_between_zeros,
+            "RESIZE_NEAREST_NEIGHBOR": lambda dy, x: tf.image.resize(dy * 0.25, [2 * SIDE, 2 * SIDE], "nearest"),
+            "tiles, in use": _average_in_use,
+        },
+    ),
+    "bias gradient": Question(
+        "the sum of dy [10, 14, 14, 64] over all but the last axis",
+        {"dy": _DY},
+        {
+            "SUM over three axes": lambda dy: tf.reduce_sum(dy, axis=[0, 1, 2])[None],
+            "SUM over rows, in use": lambda dy: tf.reduce_sum(_rows(dy), axis=0)[None],
+            "SUM twice": _in_two_sums,
+            "product with ones": _product_with_ones,
+        },
+    ),
+    "mean gradient": Question(
+        "dX of a global average pooling over [10, 14, 14, 64]",
+        {"dy": (BATCH, FILTERS)},
+        {
+            "BROADCAST_TO": lambda dy: tf.broadcast_to(_spread(dy), [tf.shape(dy)[0], SIDE, SIDE, FILTERS]),
+            "TILE": lambda dy: tf.tile(_spread(dy), [1, SIDE, SIDE, 1]),
+            "MUL by constant ones": lambda dy: _spread(dy) * tf.ones([1, SIDE, SIDE, 1]),
+            "ADD to constant zeros": lambda dy: _spread(dy) + tf.zeros([1, SIDE, SIDE, FILTERS]),
         },
     ),
     "rectifier gradient": Question(

@@ -236,6 +236,10 @@ def _hold_session(given: _Given, layout: Layout, plain: Mapping[str, bytearray],
     parameters = _parameters(given, layout, len(plain))
     with tempfile.TemporaryDirectory(prefix="sottovoce-attack-") as folder:
         fleet = enrol(plain.keys(), Path(folder) / "ca", fleet=FLEET, at=datetime.datetime.now(datetime.UTC))
+    context = SignedContext(COORDINATOR, "all", FLEET)
+    server = ServerSession(
+        context=context, plan=plan, state=state, parameters=parameters, expected=plain.keys(), entropy=os.urandom
+    )
     clients = {
         device: ClientSession(
             identity=fleet.devices[device],
@@ -245,14 +249,13 @@ def _hold_session(given: _Given, layout: Layout, plain: Mapping[str, bytearray],
             plan=plan,
             state=state,
             parameters=parameters,
+            upload_key=server.invitation.upload_key,
             terms=client_terms(Policy()),
             vector=vector,
             entropy=os.urandom,
         )
         for device, vector in plain.items()
     }
-    context = SignedContext(COORDINATOR, "all", FLEET)
-    server = ServerSession(context=context, plan=plan, state=state, parameters=parameters, expected=plain.keys())
     return hold_session(fleet, clients, server, parameters=parameters, captured=captured)
 
 

@@ -60,11 +60,11 @@ def add_results(bundle: Bundle, broadcast: Arrays, values: Mapping[str, list[Arr
 
 
 def standardised(bundle: Bundle, broadcast: Arrays, examples: Arrays) -> dict[str, Array]:
-    """Return `broadcast` with `mean` and `std`, where the program has such ports, taken from `examples` in plain."""
+    """Return `broadcast` with `mean` and `variance` of `examples` in plain, where the program has such ports."""
     filled = dict(broadcast)
-    if {"mean", "std"} <= {port.name for port in bundle.broadcast}:
+    if {"mean", "variance"} <= {port.name for port in bundle.broadcast}:
         flat = examples["x"].reshape(-1, examples["x"].shape[-1]).astype(np.float64)
-        filled["mean"], filled["std"] = flat.mean(axis=0).astype(np.float32), flat.std(axis=0).astype(np.float32)
+        filled |= {"mean": flat.mean(axis=0).astype(np.float32), "variance": flat.var(axis=0).astype(np.float32)}
     return filled
 
 

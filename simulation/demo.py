@@ -27,6 +27,7 @@ from coordinator.journal import Journal
 from simulation import attack_demo, baselines, report, temperature_demo, words_demo
 from simulation.broker_process import BrokerProcess
 from simulation.datasets import DividedData, digits, people
+from simulation.demo_options import read_options
 from simulation.guarded import GuardedFolder
 from simulation.overheard import Eavesdropper, Overheard
 from simulation.process_fleet import EventReader, FleetFailed, ProcessFleet
@@ -246,7 +247,7 @@ _KINDS: Mapping[str, Callable[[argparse.Namespace, Console], object]] = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the demo named on the command line; return the exit code."""
-    options = _parser().parse_args(arguments)
+    options = read_options(arguments)
     console = Console()
     # A closed terminal or `kill` ends the demo as Ctrl-C does: through every `with` block, leaving nothing behind.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -330,37 +331,6 @@ def _data(options: argparse.Namespace) -> DividedData:
     data = people(options.data_file)
     chosen = list(data.devices)[: options.devices or None]
     return DividedData({name: data.devices[name] for name in chosen}, data.test)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="./scripts/demo",
-        description="Train one model on many devices that never show their data or their updates: a real broker, real "
-        "processes, one of them killed on the way. `attack` shows, in seconds and without a broker, what one plain "
-        "update would give away and what a masked one does; `temperature` asks twenty thermometers two "
-        "questions; `words` finds out what twenty people write after a word, and tells all of them.",
-    )
-    parser.add_argument("kind", nargs="?", choices=sorted([*DEMOS, *_KINDS]), default="digits", help="default: digits")
-    parser.add_argument(
-        "--devices", type=int, help="how many devices (digits, attack: 12; temperature, words: 20; har: every person)"
-    )
-    parser.add_argument("--rounds", type=int, help="how many rounds (digits: 15, har: 20)")
-    parser.add_argument("--seed", type=int, default=1, help="of the division among the devices (default: 1)")
-    parser.add_argument(
-        "--data-file",
-        type=Path,
-        help='har: the .npz with the movements; temperature: a CSV; words: JSON lines, {"sender": ..., "text": ...}',
-    )
-    parser.add_argument("--report", type=Path, help="write everything measured as JSON to this file")
-    parser.add_argument("--plot", type=Path, help="where the plot goes (default: demo-KIND.png)")
-    parser.add_argument(
-        "--mode",
-        choices=("active", "curious"),
-        default="active",
-        help="against whom the masks protect: a coordinator that lies (default), or one that only listens",
-    )
-    parser.add_argument("--no-kill", action="store_true", help="let every agent live")
-    return parser
 
 
 if __name__ == "__main__":

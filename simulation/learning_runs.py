@@ -60,7 +60,7 @@ def accuracies(method: Method, bundle: Bundle, data: DividedData, *, rounds: int
 
 
 def redrawn(bundle: Bundle, random: np.random.Generator) -> Bundle:
-    """Return `bundle` with other first weights: Glorot-uniform kernels, as `models.zoo.layers` draws them."""
+    """Return `bundle` with other first weights: Glorot-uniform kernels, as Keras draws them."""
     first = decode_tensors(bundle.initial)
     kernels = {name: value for name, value in first.items() if name.endswith("_kernel") and value.ndim > 1}
     trained = {name for result in bundle.results for name in result.updates}
@@ -69,7 +69,7 @@ def redrawn(bundle: Bundle, random: np.random.Generator) -> Bundle:
 
 
 def with_moments(bundle: Bundle, devices: Mapping[str, Examples]) -> Bundle:
-    """Return `bundle` with `mean` and `std` of the devices' inputs, from the sums of a moments program."""
+    """Return `bundle` with `mean` and `variance` of the devices' inputs, from the sums of a moments program."""
     standardise = build_standardisation(BUNDLES / f"moments_{bundle.name}.svp")
     moments = standardise([{"x": mine["x"]} for mine in devices.values()])
     return with_initial(bundle, dict(moments))

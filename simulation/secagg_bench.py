@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from simulation.secagg_bench_fleet import CHAINS, SIGNATURES, Meter, cold_chain_seconds, enrol
+from simulation.secagg_bench_floor import device_counts, server_counts
 from simulation.secagg_bench_run import (
     ENCODING,
     SESSION,
@@ -36,8 +37,8 @@ from simulation.secagg_bench_run import (
 )
 from sottovoce.errors import ConfigError
 from sottovoce.plan import LaneName
+from sottovoce.secagg.mask_removal import AT_ONCE, Spread
 from sottovoce.secagg.server import STAGE_NAMES
-from sottovoce.secagg.server_steps import AT_ONCE, Spread
 from sottovoce.wire.messages import Cipher, Mode
 
 _SMALLEST_ASSUMPTION = 0.05
@@ -64,6 +65,9 @@ class Figures:
         server_s: Stage -> line -> sum; `closing` holds the reconstruction and the masks.
         server_session_s: All of it without identities.
         server_identities_s: Signing and verifying messages.
+        primitives_us: What one X25519 agreement, and one stream, addition and tag of a whole vector cost meanwhile.
+        client_floor_ms, server_floor_s: The primitives that each side cannot do without, at those costs.
+        client_over_floor, server_over_floor: The totals as multiples of them; 0 for a session without a sum.
         peak_bytes: Largest resident size of the process, all devices included.
         up_bytes, down_bytes: Median per surviving device, without the model itself.
         expansion_float32: Bytes up over the update as float32.
@@ -83,6 +87,11 @@ class Figures:
     server_s: Mapping[str, Seconds]
     server_session_s: float
     server_identities_s: float
+    primitives_us: Seconds
+    client_floor_ms: float
+    server_floor_s: float
+    client_over_floor: float
+    server_over_floor: float
     peak_bytes: int
     up_bytes: int
     down_bytes: int
@@ -136,6 +145,8 @@ def figures_of(options: Options, measured: Measured, *, cold_chain_s: float) -> 
     down = round(median(measured.down[device] for device in whole))
     plain, packed = _FLOAT32_BYTES * options.dimension, options.bits * options.dimension / 8
     stages = [lines for stage, lines in client.items() if stage != ENCODING]
+    client_ms, server_s = _total(stages, (SESSION,)), _total(server.values(), (SESSION, UPLOAD, "closing"))
+    client_floor_ms, server_floor_s = _floors(options, measured)
     return Figures(
         neighbours=measured.neighbours,
         threshold=measured.threshold,
@@ -143,12 +154,17 @@ def figures_of(options: Options, measured: Measured, *, cold_chain_s: float) -> 
         exact=measured.exact,
         abandoned=measured.abandoned,
         client_ms=client,
-        client_session_ms=_total(stages, (SESSION,)),
+        client_session_ms=client_ms,
         client_identities_ms=_total(stages, (SIGNATURES, CHAINS)),
         client_cold_chains_ms=1000 * measured.neighbours * cold_chain_s,
         server_s=server,
-        server_session_s=_total(server.values(), (SESSION, UPLOAD, "closing")),
+        server_session_s=server_s,
         server_identities_s=_total(server.values(), (SIGNATURES, CHAINS)),
+        primitives_us={name: 1e6 * seconds for name, seconds in measured.primitives.items()},
+        client_floor_ms=client_floor_ms,
+        server_floor_s=server_floor_s,
+        client_over_floor=client_ms / client_floor_ms if measured.survivors else 0.0,
+        server_over_floor=server_s / server_floor_s if measured.survivors else 0.0,
         peak_bytes=measured.peak_bytes,
         up_bytes=up,
         down_bytes=down,
@@ -156,6 +172,14 @@ def figures_of(options: Options, measured: Measured, *, cold_chain_s: float) -> 
         expansion_input=up / packed,
         expansion_both_ways=(up + down) / packed,
     )
+
+
+def _floors(options: Options, measured: Measured) -> tuple[float, float]:
+    """Return the floor of a device, in ms, and of the server, in s."""
+    members, sharers, neighbours = options.members, options.sharers, measured.neighbours
+    device = device_counts(neighbours=neighbours, sharers=neighbours * (sharers - 1) / (members - 1))
+    server = server_counts(neighbours=neighbours, members=members, sharers=sharers, survivors=measured.survivors)
+    return 1000 * device.floor_s(measured.primitives), server.floor_s(measured.primitives)
 
 
 def _medians(entries: Sequence[Seconds]) -> Seconds:
@@ -248,8 +272,18 @@ def _show(options: Options, figures: Figures, console: Console) -> None:
         f"{figures.server_identities_s:.3f}",
         style="bold",
     )
+    table.add_row(
+        "floor, by what primitives cost meanwhile",
+        f"{figures.client_floor_ms:.2f}",
+        "",
+        f"{figures.server_floor_s:.3f}",
+    )
+    table.add_row("total over floor", f"{figures.client_over_floor:.2f}", "", f"{figures.server_over_floor:.2f}")
     console.print(table)
+    of = {name: f"{microseconds:.1f} us" for name, microseconds in figures.primitives_us.items()}
     for line in (
+        f"primitives, median of this run: X25519 {of['agreements']}; of a whole vector: {options.cipher} stream "
+        f"{of['streams']}, addition {of['additions']}, Poly1305 tag {of['tags']}",
         "device: the median; identities: signing, and verifying signatures",
         f"certificate chains are cached; all of them cold: {figures.client_cold_chains_ms:.1f} ms more a device",
         f"bytes a device, without the model: {figures.up_bytes:,} up, {figures.down_bytes:,} down",

@@ -21,12 +21,12 @@ import numpy as np
 from coordinator.aggregation import UploadSlots
 from coordinator.graph_parameters import graph_parameters
 from simulation.secagg_bench_fleet import COORDINATOR, FLEET, SIGNATURES, BenchFleet, Meter
+from simulation.secagg_bench_floor import Gauge
 from sottovoce.errors import RoundAbandoned
 from sottovoce.identity import SignedContext
 from sottovoce.plan import (
     DEFAULT_CHUNK_BYTES,
     Aggregation,
-    BlobRef,
     LaneName,
     LocalWork,
     Plan,
@@ -37,10 +37,11 @@ from sottovoce.plan import (
 from sottovoce.secagg.client import ClientSession, ClientTerms
 from sottovoce.secagg.graph import BASIS_POINTS, COMPLETE_GRAPH_LIMIT, SMALLEST_COHORT, GraphParameters, threshold
 from sottovoce.secagg.lanes import Layout, encode, layout_of
+from sottovoce.secagg.mask_removal import AT_ONCE, Spread
 from sottovoce.secagg.segments import add_into, reduce
 from sottovoce.secagg.server import STAGE_NAMES, Reply, ServerSession
 from sottovoce.secagg.server_stages import Unmasked
-from sottovoce.secagg.server_steps import AT_ONCE, Spread
+from sottovoce.secagg.uploads import ExpectedVector
 from sottovoce.types import Array
 from sottovoce.wire.chunks import VectorChunk, decode_vector_chunk, encode_vector_chunk
 from sottovoce.wire.codec import ALL, open_envelope, parse, seal
@@ -56,6 +57,9 @@ STATE = b"state".ljust(32, b"\0")
 WEIGHT = 10
 _CLIP_NORM = 4.0
 _DISTINCT_UPDATES = 8
+_SAMPLES_A_STAGE = 20
+_ANSWERS_AT_ONCE = 20
+"""Short answers that the coordinator takes one after another: its processor's cache is not that of the devices."""
 
 Seconds: TypeAlias = dict[str, float]
 
@@ -104,6 +108,11 @@ class Options:
         """How many devices are in the roster."""
         return self.clients - (self.dropouts if self.drop_stage == "before-keys" else 0)
 
+    @property
+    def sharers(self) -> int:
+        """How many of them share keys."""
+        return self.members - (self.dropouts if self.drop_stage == "after-advertising" else 0)
+
 
 @dataclass(slots=True)
 class Measured:
@@ -120,6 +129,7 @@ class Measured:
         exact: Whether the unmasked sum is the plain sum of the survivors.
         abandoned: Why there is no sum, or empty.
         peak_bytes: Largest resident size of the process.
+        primitives: CPU seconds of each, as `Gauge` measured them meanwhile.
     """
 
     client: defaultdict[str, list[Seconds]] = field(default_factory=lambda: defaultdict(list))
@@ -135,6 +145,7 @@ class Measured:
     exact: bool = False
     abandoned: str = ""
     peak_bytes: int = 0
+    primitives: Seconds = field(default_factory=dict)
 
 
 def plan_of(options: Options) -> Plan:
@@ -209,6 +220,7 @@ class Bench:
             state=STATE,
             parameters=self._parameters,
             expected=fleet.devices,
+            entropy=os.urandom,
             graph_rule=partial(graph_for, options),
             spread=spread,
         )
@@ -216,6 +228,7 @@ class Bench:
         self._uploads = UploadSlots(limit=1, idle_ms=1)
         self._vectors: dict[str, bytearray] = {}
         self._expected = bytearray(self._layout.unpacked_bytes)
+        self._gauge = Gauge(self._parameters, every=-(-options.clients // _SAMPLES_A_STAGE))
         self.measured = Measured()
 
     def run(self) -> Measured:
@@ -232,23 +245,31 @@ class Bench:
         finally:
             gc.unfreeze()
         self.measured.survivors = len(self._server.survivors)
+        self.measured.primitives = self._gauge.medians()
         self.measured.peak_bytes = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return self.measured
 
     def _run_stage(self, number: int) -> None:
         _set_aside_what_lives()
         name = STAGE_NAMES[type(self._server.stage)]
-        for reply in self._server.outstanding():
-            if reply.device not in self._dropouts or number < LAST_STAGES[self._options.drop_stage]:
-                self._serve(name, reply)
+        staying = number < LAST_STAGES[self._options.drop_stage]
+        replies = [one for one in self._server.outstanding() if staying or one.device not in self._dropouts]
+        at_once = 1 if name == "masked_input" else _ANSWERS_AT_ONCE
+        for start in range(0, len(replies), at_once):
+            asked = replies[start : start + at_once]
+            for reply, answer in [(reply, self._let_answer(name, reply)) for reply in asked]:
+                self._take(name, reply.device, answer)
+                self._charge_server(name)
+                self._set_vector_aside(reply.device)
         _set_aside_what_lives()
         self._meter.take()
         with self._meter.line(SESSION):
             self._server.close_stage()
         self.measured.closing[name] = self._meter.take()[SESSION]
 
-    def _serve(self, stage: str, reply: Reply) -> None:
-        """Let the coordinator ask one device, the device answer, and the coordinator take the answer."""
+    def _let_answer(self, stage: str, reply: Reply) -> bytes:
+        """Let the coordinator ask one device; return its answer."""
+        self._gauge.tick()
         device = reply.device
         context = self._context(COORDINATOR, device, reply.session)
         with self._meter.line(SIGNATURES):
@@ -259,6 +280,7 @@ class Bench:
             add_into(self._expected, self._vectors[device], self._layout)
             self._meter.take()
         if isinstance(reply.message, AdvertiseKeysRequest):
+            self._vectors[device] = bytearray(self._layout.unpacked_bytes)
             with self._meter.line(SESSION):
                 self._clients[device] = self._new_client(device)
         if isinstance(reply.message, Roster):
@@ -267,13 +289,15 @@ class Bench:
         self.measured.client[stage].append(self._meter.take())
         self.measured.down[device] += len(request)
         self.measured.up[device] += len(answer)
-        self._take(stage, device, answer)
-        self._charge_server(stage)
-        # A device that waits keeps its vector on its own memory, not on that of the other devices.
+        if stage != "masked_input":
+            self._set_vector_aside(device)
+        return answer
+
+    def _set_vector_aside(self, device: str) -> None:
+        """Empty the vector of a device that waits: it keeps it on its own memory, not on that of the other devices."""
         self._vectors[device].clear()
 
     def _new_client(self, device: str) -> ClientSession:
-        vector = self._vectors[device] = bytearray(self._layout.unpacked_bytes)
         return ClientSession(
             identity=self._fleet.devices[device],
             anchor=self._fleet.anchor,
@@ -282,8 +306,9 @@ class Bench:
             plan=self._plan,
             state=STATE,
             parameters=self._parameters,
+            upload_key=self._server.invitation.upload_key,
             terms=self._terms,
-            vector=vector,
+            vector=self._vectors[device],
             entropy=os.urandom,
         )
 
@@ -325,7 +350,7 @@ class Bench:
             with meter.line(UPLOAD):
                 self._take_upload(device, announced, payloads)
 
-    def _take_upload(self, device: str, announced: BlobRef, payloads: Iterable[bytes]) -> None:
+    def _take_upload(self, device: str, announced: ExpectedVector, payloads: Iterable[bytes]) -> None:
         """Do what the coordinator does with the chunks of a masked vector."""
         self._uploads.enqueue(device, announced)
         self._uploads.grant(0, offline=lambda _: False)

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import datetime
 import os
-import sqlite3
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeAlias, get_args
+from typing import get_args
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -33,24 +31,25 @@ from sottovoce.identity import (
     read_secret_file,
     write_secret_file,
 )
-
-CertifiedRole: TypeAlias = Literal["device", "coordinator", "broker"]
-"""Who gets certificates; a broker's is for its TLS listener only and signs nothing in the protocol."""
+from sottovoce.issued import (
+    INDEX_FILE,
+    CertifiedRole,
+    Issued,
+    issued_rows,
+    make_index,
+    note_issued,
+    note_revoked,
+    open_index,
+)
 
 KEY_FILE = "ca-key.pem"
 CERTIFICATE_FILE = "fleet-ca.pem"
 REVOKED_FILE = "revoked.pem"
-INDEX_FILE = "issued.sqlite"
 AUTHORITY_DAYS = 3650
 """Ten years: replacing the pinned CA means a visit to every device."""
 CERTIFICATE_DAYS = 365
 _BACKDATED = datetime.timedelta(minutes=5)  # A holder whose clock is a little slow can use its certificate at once.
 _RESERVED = ("coordinator", "broker", "all")
-_SCHEMA = (
-    "CREATE TABLE issued (serial TEXT PRIMARY KEY, name TEXT NOT NULL, role TEXT NOT NULL, "
-    "not_before INTEGER NOT NULL, not_after INTEGER NOT NULL, revoked INTEGER, pem BLOB NOT NULL)",
-    "CREATE INDEX issued_name ON issued (name)",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,33 +83,6 @@ class Authority:
         return self.folder / REVOKED_FILE
 
 
-@dataclass(frozen=True, slots=True)
-class Issued:
-    """One certificate that the authority has issued.
-
-    Attributes:
-        serial: Serial number in hexadecimal, as `revoke` takes it.
-        name: Device id, `coordinator`, or the broker's name.
-        role: Whose it is.
-        not_before: Start of validity.
-        not_after: End of validity.
-        revoked: When it was revoked, or None.
-        pem: The certificate.
-    """
-
-    serial: str
-    name: str
-    role: CertifiedRole
-    not_before: datetime.datetime
-    not_after: datetime.datetime
-    revoked: datetime.datetime | None
-    pem: bytes = field(repr=False)
-
-    def live(self, at: datetime.datetime) -> bool:
-        """Say whether it is neither revoked nor expired at the time `at`."""
-        return self.revoked is None and at <= self.not_after
-
-
 def create_authority(folder: Path, *, fleet: str, at: datetime.datetime, days: int = AUTHORITY_DAYS) -> Authority:
     """Make a new authority in `folder`: private key (0600), certificate, empty index and empty revocation list.
 
@@ -135,9 +107,7 @@ def create_authority(folder: Path, *, fleet: str, at: datetime.datetime, days: i
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         write_secret_file(authority.key_file, key_to_pem(key))
         replace_file(authority.certificate_file, certificate.public_bytes(serialization.Encoding.PEM))
-        with _index(folder, must_exist=False) as index:
-            for statement in _SCHEMA:
-                index.execute(statement)
+        make_index(folder)
     except OSError as error:
         raise ConfigError(f"cannot write the authority to {folder}: {error.strerror}") from error
     _publish_revoked(authority, at=at)
@@ -188,8 +158,8 @@ def sign_request(
         raise ConfigError(
             f"{days} days is longer than the CA itself is valid (until {authority.certificate.not_valid_after_utc:%F})"
         )
-    with _index(authority.folder) as index:
-        before = _rows(index, "name = ?", name)
+    with open_index(authority.folder) as index:
+        before = issued_rows(index, name=name)
         live = [issued for issued in before if issued.live(at)]
         if live and not replace:
             raise ConfigError(
@@ -197,10 +167,10 @@ def sign_request(
                 f"`fleet-ca revoke {live[-1].serial}` first, or sign with --replace, which revokes it"
             )
         for old in live:
-            index.execute("UPDATE issued SET revoked = ? WHERE serial = ?", (_unix(at), old.serial))
+            note_revoked(index, old.serial, at=at)
         starts = _start_of(authority, before, at)
         issued = _issue(authority, request, role=role, starts=starts, ends=at + datetime.timedelta(days=days))
-        _record(index, issued)
+        note_issued(index, issued)
     if live:
         _publish_revoked(authority, at=at)
     return issued
@@ -212,25 +182,15 @@ def revoke(authority: Authority, serial: str, *, at: datetime.datetime) -> Issue
     Raises:
         ConfigError: This authority has issued no such certificate.
     """
-    with _index(authority.folder) as index:
+    with open_index(authority.folder) as index:
         wanted = serial.lower().removeprefix("0x").lstrip("0")
-        found = _rows(index, "serial = ?", wanted)
+        found = issued_rows(index, serial=wanted)
         if not found:
             raise ConfigError(f"this authority has issued no certificate {serial!r}; see `fleet-ca list`")
         if found[0].revoked is None:
-            index.execute("UPDATE issued SET revoked = ? WHERE serial = ?", (_unix(at), wanted))
+            note_revoked(index, wanted, at=at)
     _publish_revoked(authority, at=at)
     return found[0]
-
-
-def issued_certificates(folder: Path) -> list[Issued]:
-    """Return everything that the authority in `folder` has issued, oldest first; its key is not needed.
-
-    Raises:
-        ConfigError: There is no authority.
-    """
-    with _index(folder) as index:
-        return _rows(index)
 
 
 # --- certificates -----------------------------------------------------------------------------------------------------
@@ -301,8 +261,8 @@ def _start_of(authority: Authority, before: Sequence[Issued], at: datetime.datet
 
 
 def _publish_revoked(authority: Authority, *, at: datetime.datetime) -> None:
-    with _index(authority.folder) as index:
-        revoked = _rows(index, "revoked IS NOT NULL")
+    with open_index(authority.folder) as index:
+        revoked = [each for each in issued_rows(index) if each.revoked is not None]
     builder = (
         x509.CertificateRevocationListBuilder()
         .issuer_name(authority.certificate.subject)
@@ -396,52 +356,6 @@ def single_attribute(subject: x509.Name, oid: x509.ObjectIdentifier) -> str:
     if len(values) != 1:
         raise ConfigError("a signing request names its holder (CN), fleet (O) and role (OU) exactly once each")
     return str(values[0].value)
-
-
-# --- the folder -------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _index(folder: Path, *, must_exist: bool = True) -> Iterator[sqlite3.Connection]:
-    """Open the index in one exclusive transaction: committed at the end, rolled back by any error."""
-    path = folder / INDEX_FILE
-    if must_exist and not path.exists():
-        raise ConfigError(f"{folder} holds no authority; make one with: fleet-ca init --fleet NAME --out {folder}")
-    try:
-        connection = sqlite3.connect(path, isolation_level=None, timeout=30.0)
-        try:
-            connection.execute("PRAGMA synchronous = FULL")
-            connection.execute("BEGIN IMMEDIATE")
-            yield connection
-            connection.execute("COMMIT")
-        finally:
-            connection.close()
-    except sqlite3.Error as error:
-        raise ConfigError(f"the index {path} cannot be used: {error}") from error
-
-
-def _rows(index: sqlite3.Connection, where: str = "TRUE", *values: str) -> list[Issued]:
-    """Return the rows for which the SQL condition `where`, a constant of this module, holds."""
-    columns = "serial, name, role, not_before, not_after, revoked, pem"
-    rows = index.execute(f"SELECT {columns} FROM issued WHERE {where} ORDER BY rowid", values)  # noqa: S608  see above
-    return [
-        Issued(serial, name, role, _time(not_before), _time(not_after), None if ended is None else _time(ended), pem)
-        for serial, name, role, not_before, not_after, ended, pem in rows
-    ]
-
-
-def _record(index: sqlite3.Connection, issued: Issued) -> None:
-    times = (_unix(issued.not_before), _unix(issued.not_after))
-    row = (issued.serial, issued.name, issued.role, *times, None, issued.pem)
-    index.execute("INSERT INTO issued VALUES (?, ?, ?, ?, ?, ?, ?)", row)
-
-
-def _unix(time_: datetime.datetime) -> int:
-    return int(time_.timestamp())
-
-
-def _time(unix_s: int) -> datetime.datetime:
-    return datetime.datetime.fromtimestamp(unix_s, datetime.UTC)
 
 
 def replace_file(path: Path, content: bytes) -> None:

@@ -20,11 +20,8 @@ from sottovoce.authority import (
     AUTHORITY_DAYS,
     CERTIFICATE_DAYS,
     Authority,
-    CertifiedRole,
-    Issued,
     check_name,
     create_authority,
-    issued_certificates,
     open_authority,
     replace_file,
     revoke,
@@ -33,6 +30,7 @@ from sottovoce.authority import (
 )
 from sottovoce.errors import ConfigError, SottovoceError
 from sottovoce.identity import latest_time, load_certificate
+from sottovoce.issued import CertifiedRole, Issued, issued_certificates
 
 __all__ = [
     "Authority",

@@ -167,6 +167,11 @@ class TrustAnchor:
         self._remembered = remembered
         self._verified: OrderedDict[bytes, tuple[Certificate, datetime.datetime, datetime.datetime]] = OrderedDict()
 
+    def revoke(self, serials: Iterable[int]) -> None:
+        """Believe no certificate with one of these serial numbers, in the place of those that were named before."""
+        self._revoked = frozenset(serials)
+        self._verified.clear()
+
     def verify(self, der: bytes, *, at: datetime.datetime, role: Role | None = None) -> Certificate:
         """Return what the certificate `der` says, once its chain, validity, fleet and role are checked.
 

@@ -52,7 +52,40 @@ def canonical(document: msgspec.Struct) -> bytes:
     return msgspec.msgpack.encode(document)
 
 
-class BlobRef(Document, frozen=True):
+class Cut:
+    """Something that travels in chunks of one size, the last of them shorter; empty, it has one empty chunk.
+
+    Attributes:
+        size: Bytes in the whole, at most MAX_BLOB_BYTES.
+        chunk_bytes: Bytes in every chunk but the last, at most MAX_CHUNK_BYTES.
+    """
+
+    __slots__ = ()
+    size: int
+    chunk_bytes: int
+
+    @property
+    def is_possible(self) -> bool:
+        """Whether both numbers are in range."""
+        return 0 <= self.size <= MAX_BLOB_BYTES and 1 <= self.chunk_bytes <= MAX_CHUNK_BYTES
+
+    @property
+    def chunk_count(self) -> int:
+        """How many chunks it has."""
+        return max(1, -(-self.size // self.chunk_bytes))
+
+    def chunk_slice(self, index: int) -> slice:
+        """Return where chunk `index` lies in the whole."""
+        return slice(index * self.chunk_bytes, min(self.size, (index + 1) * self.chunk_bytes))
+
+    def fits(self, index: int, chunk: bytes | bytearray | memoryview) -> bool:
+        """Say whether there is a chunk `index`, and `chunk` has its length."""
+        return 0 <= index < self.chunk_count and len(chunk) == min(
+            self.chunk_bytes, self.size - index * self.chunk_bytes
+        )
+
+
+class BlobRef(Cut, Document, frozen=True):
     """Names a blob: its SHA-256, its size, and the SHA-256 of every chunk of it.
 
     Attributes:
@@ -70,35 +103,16 @@ class BlobRef(Document, frozen=True):
     sources: tuple[str, ...] = ("mqtt:",)
 
     def __post_init__(self) -> None:
-        if (
-            len(self.digest) != 32
-            or not 0 <= self.size <= MAX_BLOB_BYTES
-            or not 1 <= self.chunk_bytes <= MAX_CHUNK_BYTES
-        ):
+        if len(self.digest) != 32 or not self.is_possible:
             raise BadBlob("a blob reference has an impossible digest length, size or chunk size")
         if len(self.chunk_digests) != 32 * self.chunk_count:
             raise BadBlob(
                 f"a blob of {self.size} bytes has {self.chunk_count} chunks, not {len(self.chunk_digests) / 32:g}"
             )
 
-    @property
-    def chunk_count(self) -> int:
-        """How many chunks the blob has; an empty blob has one empty chunk."""
-        return max(1, -(-self.size // self.chunk_bytes))
-
-    def chunk_slice(self, index: int) -> slice:
-        """Return where chunk `index` lies in the whole."""
-        return slice(index * self.chunk_bytes, min(self.size, (index + 1) * self.chunk_bytes))
-
     def verify_chunk(self, index: int, chunk: bytes | bytearray | memoryview) -> None:
         """Raise BadBlob unless `chunk` is chunk `index` of this blob."""
-        if not 0 <= index < self.chunk_count:
-            raise BadBlob(f"chunk {index} of a blob of {self.chunk_count}")
-        where = self.chunk_slice(index)
-        if (
-            len(chunk) != where.stop - where.start
-            or digest_of(chunk) != self.chunk_digests[32 * index : 32 * index + 32]
-        ):
+        if not self.fits(index, chunk) or digest_of(chunk) != self.chunk_digests[32 * index : 32 * index + 32]:
             raise BadBlob(f"chunk {index} of blob {self.digest.hex()[:12]} does not match its digest")
 
     def verify(self, content: bytes | bytearray | memoryview) -> None:

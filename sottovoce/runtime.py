@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
+from sottovoce.agreement import check_ports
 from sottovoce.bundle import Bundle, Port, RoleName
 from sottovoce.errors import BadBundle, MalformedMessage, ProgramError, SelfTestFailed
 from sottovoce.tensors import decode_tensors
@@ -113,7 +114,7 @@ class Program:
         if role not in self._signatures:
             raise ProgramError(f"program {self._bundle.name!r} has no role {role!r}")
         inputs, outputs = self._ports(role)
-        _check_ports(role, inputs, given)
+        check_ports(role, inputs, given)
         signature = self._signatures[role]
         # A signature may leave out ports that it does not need; the converter drops unused inputs.
         fed = {name: np.ascontiguousarray(given[name]) for name in self._read[role]}
@@ -125,7 +126,7 @@ class Program:
             ) from error
         # The signature hands out copies, not views of the runtime's memory.
         results = {port.name: np.asarray(returned[port.name]) for port in outputs}
-        _check_ports(role, outputs, results)
+        check_ports(role, outputs, results)
         return results
 
 
@@ -262,20 +263,6 @@ def _difference(wanted: Array, found: Array) -> float:
     if wanted.shape != found.shape:
         return float("inf")
     return float(np.max(np.abs(found.astype(np.float64) - wanted.astype(np.float64)), initial=0.0))
-
-
-def _check_ports(role: RoleName, ports: Sequence[Port], given: Arrays) -> None:
-    for port in ports:
-        array = given.get(port.name)
-        if array is None:
-            raise ProgramError(f"{role}: {port.name!r} is missing; it is a {port.type}")
-        if not port.tensor_type.admits(array):
-            dims = ",".join(map(str, array.shape))
-            raise ProgramError(f"{role}: {port.name!r} is a {port.type}, not a {array.dtype}[{dims}]")
-        if array.size and port.low is not None and array.min() < port.low:
-            raise ProgramError(f"{role}: {port.name!r} holds {array.min()}, below {port.low}")
-        if array.size and port.high is not None and array.max() > port.high:
-            raise ProgramError(f"{role}: {port.name!r} holds {array.max()}, above {port.high}")
 
 
 def _check_batch(batch: Arrays) -> None:

@@ -200,3 +200,5 @@ _COLUMNS: Mapping[str, Callable[[WordSketch, list[str]], dict[str, Array]]] = {
 }
 EXTRACTORS: Final = frozenset(_COLUMNS)
 """The names of the extractors that are here."""
+PORTS: Final[Mapping[str, tuple[str, ...]]] = {WORD_SKETCH: ("word",), WORD_TABLE: ("index", "amount")}
+"""The batch ports that each of them fills."""

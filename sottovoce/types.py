@@ -91,10 +91,14 @@ class TensorType:
 
     def admits(self, array: Array) -> bool:
         """Say whether `array` has this dtype and a shape that fits, unknown dimensions fitting any length."""
-        return (
-            array.dtype == self.numpy_dtype
-            and array.ndim == len(self.shape)
-            and all(want is None or want == have for want, have in zip(self.shape, array.shape, strict=True))
+        # Every port of every step is asked. A name that numpy knows is compared as fast as a dtype, and most shapes
+        # are wholly known.
+        return array.dtype == self.dtype and (
+            array.shape == self.shape
+            or (
+                array.ndim == len(self.shape)
+                and all(want is None or want == have for want, have in zip(self.shape, array.shape, strict=True))
+            )
         )
 
 

@@ -30,5 +30,5 @@ def test_a_coordinator_and_three_agents_by_hand() -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"digits\W+done\W+3\b", done.stdout), done.stdout
-    assert re.search(r"^0: probabilities largest at \d", done.stdout, re.MULTILINE)
+    assert re.search(r"^0: prediction largest at \d", done.stdout, re.MULTILINE)
     assert re.search(r"released +3 masked updates", done.stdout)

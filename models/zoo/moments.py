@@ -14,8 +14,8 @@ from collections.abc import Sequence
 import numpy as np
 import tensorflow as tf
 
-from models.export import Arrays, ProgramSource, Tensors, seed_of
 from models.ops import Tensor
+from models.program_export import Arrays, ProgramSource, Tensors, seed_of
 from sottovoce.bundle import Port, Result
 from sottovoce.types import Array
 

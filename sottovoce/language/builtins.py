@@ -29,6 +29,9 @@ from sottovoce.types import (
 )
 from sottovoce.values import flatten, leaves, unflatten
 
+GUARD = "guard what makes it, as by tf.math.divide_no_nan or tf.maximum(x, 1e-6)"
+"""What an author can do about NaN and infinity."""
+
 
 @dataclass(frozen=True, slots=True)
 class GenericBuiltin:
@@ -78,7 +81,8 @@ class GenericBuiltin:
 def cast(dtype: object) -> GenericBuiltin:
     """Return the function that turns every number into `dtype`, towards zero where a fraction is lost; bool is 0 or 1.
 
-    What an integer dtype cannot hold becomes its smallest or largest value; what NaN becomes depends on the device.
+    What an integer dtype cannot hold becomes its smallest or largest value. NaN and infinity are no numbers that could
+    be cast to one: the reference executor refuses them, and a device that meets one takes no part.
 
     Args:
         dtype: Such as `"float32"`, or a dtype of numpy or TensorFlow.
@@ -168,16 +172,23 @@ def _limits(dtype: np.dtype[Any], bound: Bound) -> tuple[Any, Any]:
 
 
 def _cast(leaf: Any, kind: TensorType) -> Any:
-    """Return `leaf` in the dtype of `kind`; beyond what an integer holds its nearest end, and NaN as 0, as on ARM."""
+    """Return `leaf` in the dtype of `kind`; beyond what an integer holds its nearest end.
+
+    Raises:
+        ConfigError: It holds NaN or infinity, and `kind` is of whole numbers or truth values.
+    """
     dtype = kind.numpy_dtype
+    if dtype.kind != "f" and not np.all(np.isfinite(leaf)):
+        raise ConfigError(
+            f"cast: NaN and infinity are no {kind.dtype}, and a device that meets one takes no part; {GUARD}"
+        )
     with np.errstate(invalid="ignore", over="ignore"):
         cast = leaf.astype(dtype)
     if dtype.kind not in "iu" or leaf.dtype.kind != "f":
         return cast
     limits = np.iinfo(dtype)
-    low, high, zero = (dtype.type(end) for end in (limits.min, limits.max, 0))
-    conditions = [np.isnan(leaf), leaf >= float(limits.max), leaf <= float(limits.min)]
-    return np.select(conditions, [zero, high, low], cast).astype(dtype)[()]
+    low, high = (dtype.type(end) for end in (limits.min, limits.max))
+    return np.select([leaf >= float(limits.max), leaf <= float(limits.min)], [high, low], cast).astype(dtype)[()]
 
 
 def _mapped(kind: Type, result_of: Callable[[TensorType], TensorType]) -> Type:

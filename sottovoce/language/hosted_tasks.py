@@ -215,33 +215,33 @@ def hosted_training(
         ConfigError: They do not fit together; the text names the key and says what to write.
         BadBundle: One of the bundles is not one.
     """
-    model = decode_bundle(bundle)
-    _check_training(model, learning_rate, results)
+    model = _trainable(bundle, learning_rate, results)
     client = ClientOptimizer(learning_rate, learning_rate_decay, work)
     averaging = Averaging(model, client, _server_optimizer(server_optimizer, server_options))
-    process = build_fed_avg(
-        bundle,
-        client,
-        averaging.server,
-        terms=Terms(clip_norm=clip_norm, half_range=half_range, weight_cap=weight_cap, bits=bits, lane=lane),
-        metrics=checked_metrics(model, {metric: _bound(terms) for metric, terms in metrics.items()}),
-        name=name,
-        purpose=purpose,
-    )
+    terms = Terms(clip_norm=clip_norm, half_range=half_range, weight_cap=weight_cap, bits=bits, lane=lane)
+    summed = checked_metrics(model, {metric: _bound(each) for metric, each in metrics.items()})
+    process = build_fed_avg(bundle, client, averaging.server, terms=terms, metrics=summed, name=name, purpose=purpose)
     training = _encoded(lower(process.next), purpose, metrics, largest_cohort)
     standardising = None
     if moments is not None:
-        _check_moments(model, decode_bundle(moments), moments_results)
-        first = build_standardisation(
-            moments,
-            work=msgspec.structs.replace(work, epochs=1),
-            bounds={each: _bound(terms) for each, terms in moments_results.items()},
-            name=f"{name}-moments",
-            purpose=purpose,
-        )
-        lowered = dataclasses.replace(lower(first), weight_cap=UNCAPPED_WEIGHT)
-        standardising = _encoded(lowered, purpose, moments_results, largest_cohort)
+        first = _standardising(model, moments, moments_results, work=work, name=name, purpose=purpose)
+        standardising = _encoded(first, purpose, moments_results, largest_cohort)
     return HostedTraining(averaging, training, standardising, rounds, collection)
+
+
+def _standardising(
+    model: Bundle, moments: bytes, results: Mapping[str, SumTerms], *, work: LocalWork, name: str, purpose: str
+) -> Lowered:
+    """Return the round that finds mean and spread of the inputs: one epoch, in which nothing is weighted."""
+    _check_moments(model, decode_bundle(moments), results)
+    computation = build_standardisation(
+        moments,
+        work=msgspec.structs.replace(work, epochs=1),
+        bounds={each: _bound(terms) for each, terms in results.items()},
+        name=f"{name}-moments",
+        purpose=purpose,
+    )
+    return dataclasses.replace(lower(computation), weight_cap=UNCAPPED_WEIGHT)
 
 
 def hosted_sums(
@@ -320,7 +320,9 @@ def _bound(terms: SumTerms) -> Bound:
             return Bound(-half_range, half_range)
 
 
-def _check_training(model: Bundle, learning_rate: float | None, results: Mapping[str, SumTerms]) -> None:
+def _trainable(bundle: bytes, learning_rate: float | None, results: Mapping[str, SumTerms]) -> Bundle:
+    """Return the model in `bundle`, which can be trained at that rate and releases nothing."""
+    model = decode_bundle(bundle)
     if not any(result.updates for result in model.results):
         raise ConfigError(
             f"bundle {model.name!r} only sums and updates no model; leave out [update] and set rounds = 1"
@@ -332,6 +334,7 @@ def _check_training(model: Bundle, learning_rate: float | None, results: Mapping
     if results:
         raise ConfigError(f"results.{sorted(results)[0]}: training releases no sums; remove the table [results]")
     initial_model(model)
+    return model
 
 
 def _server_optimizer(name: str, options: Mapping[str, float]) -> ServerOptimizer:
@@ -352,7 +355,7 @@ def _check_moments(model: Bundle, moments: Bundle, results: Mapping[str, SumTerm
     except ConfigError as error:
         raise ConfigError(f"standardise.bundle: {error}") from error
     kinds = dict(model_type(model).elements)
-    for name in ("mean", "std"):
+    for name in ("mean", "variance"):
         kind = kinds.get(name)
         if not isinstance(kind, TensorType) or not isinstance(sums, TensorType):
             raise ConfigError(f"standardise: the task's bundle has no broadcast port {name!r}; remove the table")

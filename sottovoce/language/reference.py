@@ -15,7 +15,7 @@ import numpy as np
 
 from sottovoce.errors import ConfigError
 from sottovoce.language.arguments import DeviceValues
-from sottovoce.language.builtins import clipped
+from sottovoce.language.builtins import GUARD, clipped
 from sottovoce.language.computations import Computation
 from sottovoce.language.expressions import Operator, Slot, Step, Terms
 from sottovoce.language.interpreter import Handler, apply, evaluate, local_handlers, reduced, total
@@ -265,6 +265,17 @@ def _slice_all(step: Step, keys: Any, whole: Any, limit: int) -> list[Any]:
 
 
 def _bounded(step: Step, kind: Type, members: Sequence[Any]) -> Sequence[Any]:
+    """Return the values as they are summed, clamped where the author says so.
+
+    Raises:
+        ConfigError: One holds NaN or infinity; a device that computes it takes no part.
+    """
+    for at, member in enumerate(members):
+        if not all(np.isfinite(leaf).all() for leaf in flatten(kind, member)):
+            raise ConfigError(
+                f"{step.where}: the value of member {at} holds NaN or infinity, and a device with such a value takes "
+                f"no part; {GUARD}"
+            )
     return members if step.bound is None else [clipped(kind, member, step.bound) for member in members]
 
 

@@ -77,7 +77,7 @@ def build_standardisation(
     name: str | None = None,
     purpose: str | None = None,
 ) -> Computation:
-    """Return ({examples*}@CLIENTS -> <mean=float32[n],std=float32[n]>@SERVER), found without pooling any measurements.
+    """Return ({examples*}@CLIENTS -> <mean=float32[n],variance=float32[n]>@SERVER), without pooling any measurements.
 
     Args:
         model: A moments bundle (`models.zoo.moments`), its bytes, or the path of a `.svp`.
@@ -93,9 +93,9 @@ def build_standardisation(
     program = program_of(model, work)
     kinds = moment_types(program.bundle)
     limits = dict(bounds or {})
-    both = StructType((("mean", kinds.elements[1][1]), ("std", kinds.elements[1][1])))
+    both = StructType((("mean", kinds.elements[1][1]), ("variance", kinds.elements[1][1])))
     sent = _broadcast(program, {})
-    finish = server_computation(kinds, result=both)(mean_and_std)
+    finish = server_computation(kinds, result=both)(mean_and_variance)
 
     def standardise(examples: Value) -> object:
         found = federated_map(program, (federated_broadcast(federated_value(sent, SERVER)), examples))
@@ -123,8 +123,8 @@ def moment_types(bundle: Bundle) -> StructType:
     return StructType(tuple((name, ports[name][0].tensor_type) for name in MOMENTS))
 
 
-def mean_and_std(moments: Any) -> Record[Array]:
-    """Return mean and standard deviation of every feature; one that never varies gets the deviation 1.
+def mean_and_variance(moments: Any) -> Record[Array]:
+    """Return mean and variance of every feature; one that never varies gets the variance 1.
 
     Raises:
         RoundAbandoned: Nothing was counted.
@@ -134,8 +134,8 @@ def mean_and_std(moments: Any) -> Record[Array]:
         raise RoundAbandoned("no_examples", "the moments program counted nothing")
     mean = total / count[0]
     variance = squares / count[0] - mean**2
-    std = np.sqrt(np.where(variance > 0, variance, 1.0))
-    return Record({"mean": mean.astype(np.float32), "std": std.astype(np.float32)})
+    spread = np.where(variance > 0, variance, 1.0)
+    return Record({"mean": mean.astype(np.float32), "variance": spread.astype(np.float32)})
 
 
 def _broadcast(program: ClientProgram, values: Mapping[str, Array]) -> Record[Array]:

@@ -85,6 +85,7 @@ class ClientSession:
         plan: bytes,
         state: bytes,
         parameters: SecAggParameters,
+        upload_key: bytes,
         terms: ClientTerms,
         vector: bytearray,
         entropy: Entropy,
@@ -100,12 +101,20 @@ class ClientSession:
             plan: Plan digest, 32 bytes.
             state: Digest of the state that the update starts from, 32 bytes.
             parameters: As the coordinator proposes them; the caller has checked them against the plan's Layout.
+            upload_key: The coordinator's X25519 public key for this session.
             terms: What the owner demands.
             vector: The plain quantised vector. The session takes it over: it is masked in place, or erased.
             entropy: Source of every secret; `os.urandom` outside tests.
             chunk_bytes: Size of the chunks in which the masked vector will be uploaded.
         """
-        agreement = agree(context, coordinator=context.recipient, plan=plan, state=state, parameters=parameters)
+        agreement = agree(
+            context,
+            coordinator=context.recipient,
+            plan=plan,
+            state=state,
+            parameters=parameters,
+            upload_key=upload_key,
+        )
         self._setting = Setting(identity, anchor, at, agreement, terms, entropy, chunk_bytes)
         self._answers: dict[type[Message], tuple[bytes, Reply]] = {}
         self._advertisement: AdvertiseKeys | None = None
@@ -132,6 +141,7 @@ class ClientSession:
         Raises:
             PolicyRefusal: The owner does not allow such a session.
             RemoteProtocolError: The parameters are impossible or do not fit the vector.
+            LowOrderPoint, CryptoError: The coordinator's upload key is not one.
             LocalProtocolError: The session has been aborted.
         """
         if self._advertisement is not None:

@@ -140,6 +140,7 @@ class KeysShared:
         mask: Mask key pair.
         self_seed: b.
         own_share: This device's own share of b; empty on a ring, where only neighbours hold one.
+        upload_key: Tags the masked vector's chunks; the coordinator has it, too.
     """
 
     vector: bytearray = field(repr=False)
@@ -148,6 +149,7 @@ class KeysShared:
     mask: keys.KeyPair = field(repr=False)
     self_seed: bytes = field(repr=False)
     own_share: bytes = field(repr=False)
+    upload_key: bytes = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)

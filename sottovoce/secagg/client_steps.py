@@ -17,7 +17,6 @@ from sottovoce.errors import (
     PolicyRefusal,
     RemoteProtocolError,
 )
-from sottovoce.plan import blob_ref
 from sottovoce.secagg import graph, keys, segments, shamir
 from sottovoce.secagg.client_stages import (
     Advertised,
@@ -35,6 +34,7 @@ from sottovoce.secagg.graph import GraphParameters
 from sottovoce.secagg.masks import MaskExpander
 from sottovoce.secagg.roster import Shape, open_signature, shape_of, split_leaves, verify_neighbours
 from sottovoce.secagg.transcript import commitment_to, leaf_of, survivors_digest
+from sottovoce.secagg.uploads import tag_vector
 from sottovoce.wire.messages import (
     AdvertiseKeys,
     MaskedInput,
@@ -54,8 +54,10 @@ def advertise(setting: Setting, stage: Prepared) -> Advertised:
     Raises:
         PolicyRefusal: The owner does not allow such a session.
         RemoteProtocolError: The parameters are impossible or do not fit the vector.
+        LowOrderPoint, CryptoError: The coordinator's upload key is not one.
     """
     _check_parameters(setting, len(stage.vector))
+    keys.refuse_low_order(setting.agreement.upload_key)
     channel = keys.key_pair(setting.entropy(keys.SECRET_BYTES))
     mask = keys.key_pair(setting.entropy(keys.SECRET_BYTES))
     advertisement = AdvertiseKeys(
@@ -96,7 +98,9 @@ def share_keys(setting: Setting, stage: Advertised, roster: Roster) -> tuple[Key
     )
     commitment = commitment_to(self_seed, session=shape.session, position=seat.position)
     own_share = shares[seat.position][0] if shape.graph.complete else b""
-    following = KeysShared(stage.vector, seat, channels, stage.mask, self_seed, own_share)
+    uploading = stage.channel.agree(setting.agreement.upload_key)
+    upload_key = keys.upload_key(uploading, session=shape.session, device=setting.device)
+    following = KeysShared(stage.vector, seat, channels, stage.mask, self_seed, own_share, upload_key)
     return following, ShareKeys(commitment=commitment, ciphertexts=ciphertexts)
 
 
@@ -117,10 +121,10 @@ def mask_input(setting: Setting, stage: KeysShared, request: MaskedInputRequest)
     held = {position: _open_shares(stage, position, content) for position, content in request.shares}
     shamir.parse_shares([share for pair in held.values() for share in (pair.self_seed, pair.mask_key)])
     _mask_in_place(setting, stage, positions)
-    reference = blob_ref(stage.vector, chunk_bytes=setting.chunk_bytes)
+    announced = tag_vector(stage.vector, stage.upload_key, chunk_bytes=setting.chunk_bytes)
     inclusions = b"".join(stage.channels[position].inclusion_sent for position in positions)
     following = InputMasked(stage.vector, stage.seat, held, stage.own_share)
-    return following, MaskedInput(vector=reference, inclusions=inclusions)
+    return following, MaskedInput(vector=announced, inclusions=inclusions)
 
 
 def sign_survivors(
@@ -226,13 +230,13 @@ def _channel_keys(setting: Setting, stage: Advertised, seat: Seat) -> tuple[dict
     outgoing: dict[int, bytes] = {}
     kept: dict[int, ChannelKeys] = {}
     for position, neighbour in seat.neighbours.items():
-        secret, peer = stage.channel.agree(neighbour.channel_key), neighbour.device
-        outgoing[position] = keys.share_channel_key(secret, session=session, sender=device, recipient=peer)
-        incoming = keys.share_channel_key(secret, session=session, sender=peer, recipient=device)
+        channel, peer = keys.channel(stage.channel.agree(neighbour.channel_key), session=session), neighbour.device
+        outgoing[position] = keys.share_channel_key(channel, sender=device, recipient=peer)
+        incoming = keys.share_channel_key(channel, sender=peer, recipient=device)
         sent = wanted = b""
         if active:
-            sent = keys.inclusion_token(secret, session=session, sender=device, recipient=peer)
-            wanted = keys.inclusion_token(secret, session=session, sender=peer, recipient=device)
+            sent = keys.inclusion_token(channel, sender=device, recipient=peer)
+            wanted = keys.inclusion_token(channel, sender=peer, recipient=device)
         kept[position] = ChannelKeys(incoming, inclusion_sent=sent, inclusion_wanted=wanted)
     return outgoing, kept
 

@@ -5,8 +5,10 @@ Everything comes from `cryptography`; here it is only named, labelled and bound 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import TypeAlias
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
@@ -32,6 +34,10 @@ _SHARE_KEY_BYTES = 32
 _ONE_TIME_NONCE = bytes(12)
 _SHA256 = SHA256()
 _FIRST_BLOCK = b"\x01"
+_FRAMED_LABELS = {label: label_prefixed(label) for label in labels.KEY_LABELS}
+_REMEMBERED_NAMES = 4096
+
+PublicKey: TypeAlias = X25519PublicKey
 
 _FIELD_PRIME = 2**255 - 19
 _TOP_BIT = 2**255
@@ -71,16 +77,48 @@ class KeyPair:
         Raises:
             LowOrderPoint: The key gives an all-zero secret, or is no key at all.
         """
+        return self.exchange(parsed(public_key))
+
+    def exchange(self, peer: PublicKey) -> bytes:
+        """Return the X25519 secret with the holder of `peer`, for a key that is used many times.
+
+        Raises:
+            LowOrderPoint: The key gives an all-zero secret.
+        """
         try:
-            return self._private.exchange(X25519PublicKey.from_public_bytes(public_key))
+            return self._private.exchange(peer)
         except ValueError as error:
             raise LowOrderPoint("the peer's X25519 key gives an all-zero secret") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Channel:
+    """What all keys between two neighbours follow from: HKDF's extraction of their channel secret, made once."""
+
+    _extraction: HMAC = field(repr=False, compare=False)
 
 
 def key_pair(secret: bytes) -> KeyPair:
     """Return the X25519 key pair whose private key is `secret`, 32 bytes of entropy."""
     private = X25519PrivateKey.from_private_bytes(secret)
     return KeyPair(private.public_key().public_bytes_raw(), secret, private)
+
+
+def parsed(public_key: bytes) -> PublicKey:
+    """Return the X25519 public key that `public_key` encodes.
+
+    Raises:
+        LowOrderPoint: It is no key at all.
+    """
+    try:
+        return X25519PublicKey.from_public_bytes(public_key)
+    except ValueError as error:
+        raise LowOrderPoint(f"an X25519 public key has {PUBLIC_KEY_BYTES} bytes, not {len(public_key)}") from error
+
+
+def channel(secret: bytes, *, session: bytes) -> Channel:
+    """Return the channel of two neighbours; `secret` is what their channel keys agree on."""
+    return Channel(HMAC(_extracted(secret, session), _SHA256))
 
 
 def refuse_low_order(public_key: bytes) -> None:
@@ -106,14 +144,20 @@ def pairwise_mask_key(secret: bytes, *, session: bytes, lower: str, upper: str, 
     return _derive(secret, session, MASK_KEY_BYTES[cipher], labels.PAIRWISE_MASK, lower, upper, cipher)
 
 
-def share_channel_key(secret: bytes, *, session: bytes, sender: str, recipient: str) -> bytes:
+def share_channel_key(between: Channel, *, sender: str, recipient: str) -> bytes:
     """Return the key that encrypts the shares from `sender` to `recipient`; the other direction has another."""
-    return _derive(secret, session, _SHARE_KEY_BYTES, labels.SHARE_CHANNEL, sender, recipient, _SHARE_CIPHER)
+    names = (sender, recipient, _SHARE_CIPHER)
+    return _expanded(between._extraction.copy(), _SHARE_KEY_BYTES, labels.SHARE_CHANNEL, names)
 
 
-def inclusion_token(secret: bytes, *, session: bytes, sender: str, recipient: str) -> bytes:
+def inclusion_token(between: Channel, *, sender: str, recipient: str) -> bytes:
     """Return the 16 bytes by which `sender` tells `recipient` "I masked with you"; nobody else can make them."""
-    return _derive(secret, session, INCLUSION_BYTES, labels.INCLUSION, sender, recipient)
+    return _expanded(between._extraction.copy(), INCLUSION_BYTES, labels.INCLUSION, (sender, recipient))
+
+
+def upload_key(secret: bytes, *, session: bytes, device: str) -> bytes:
+    """Return the key that tags the chunks of the one masked vector of `device`; the coordinator has it, too."""
+    return _derive(secret, session, _SHARE_KEY_BYTES, labels.UPLOAD, device, _SHARE_CIPHER)
 
 
 def encrypt_shares(key: bytes, shares: bytes, *, session: bytes) -> bytes:
@@ -134,12 +178,26 @@ def decrypt_shares(key: bytes, ciphertext: bytes, *, session: bytes) -> bytes:
 
 
 def _derive(secret: bytes, session: bytes, length: int, label: bytes, *names: str) -> bytes:
-    """Return HKDF-SHA256 of `secret`, at most 32 bytes: then its expansion is a single block (RFC 5869)."""
+    """Return the one key that follows from `secret`: HKDF-SHA256 (RFC 5869)."""
+    return _expanded(HMAC(_extracted(secret, session), _SHA256), length, label, names)
+
+
+def _extracted(secret: bytes, session: bytes) -> bytes:
     extraction = _keyed_by(session).copy()
     extraction.update(secret)
-    expansion = HMAC(extraction.finalize(), _SHA256)
-    expansion.update(label_prefixed(label, *map(str.encode, names)) + _FIRST_BLOCK)
-    return expansion.finalize()[:length]
+    return extraction.finalize()
+
+
+def _expanded(extraction: HMAC, length: int, label: bytes, names: Sequence[str]) -> bytes:
+    """Finish `extraction` as an expansion to at most 32 bytes, which is a single block."""
+    extraction.update(_FRAMED_LABELS[label] + b"".join(map(_framed, names)) + _FIRST_BLOCK)
+    return extraction.finalize()[:length]
+
+
+@lru_cache(maxsize=_REMEMBERED_NAMES)
+def _framed(name: str) -> bytes:
+    """Return `name` as it stands in what a key is bound to; a device's comes back in every key of its channel."""
+    return label_prefixed(name.encode())
 
 
 @lru_cache(maxsize=4)

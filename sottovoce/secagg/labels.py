@@ -32,5 +32,9 @@ SHARE_CHANNEL: Final = b"sv1/share-channel"
 INCLUSION: Final = b"sv1/inclusion"
 """Token by which one member tells another that it masked with it, from the X25519 secret of two channel keys."""
 
+UPLOAD: Final = b"sv1/upload"
+"""Key that tags the chunks of a masked vector, from the X25519 secret of a member's channel key and the coordinator's
+upload key."""
+
 HASH_LABELS: Final = (LEAF, MERKLE_INNER, SESSION, GRAPH, SELF_SEED_COMMITMENT, SURVIVORS, SHARE_SUBSETS)
-KEY_LABELS: Final = (SELF_MASK, PAIRWISE_MASK, SHARE_CHANNEL, INCLUSION)
+KEY_LABELS: Final = (SELF_MASK, PAIRWISE_MASK, SHARE_CHANNEL, INCLUSION, UPLOAD)

@@ -3,46 +3,31 @@
 The stream is AES-128-CTR (counter block from zero, big-endian) or ChaCha20 (counter and nonce zero), one for the whole
 vector as it lies in memory, read as little-endian words of its own widths. No temporary is as long as the vector.
 
-Many streams are added block by block, not stream by stream: a block of the vector and the one reused block of stream
-stay in the processor's cache until the last stream has passed.
+Many streams are added block by block, not stream by stream: the sum of a block and the one reused block of stream stay
+in the processor's cache until the last stream has passed, both aligned, which a vector need not be.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 from cryptography.hazmat.primitives.ciphers import Cipher as StreamCipher
 from cryptography.hazmat.primitives.ciphers import algorithms, modes
 
-from sottovoce.secagg.segments import Segment, Words, segments_of, unpacked_bytes
+from sottovoce.secagg.segments import Words, segments_of, unpacked_bytes
 from sottovoce.wire.messages import Cipher, SecAggParameters
 
 _Encryption: TypeAlias = Callable[[memoryview, memoryview], int]
 
-_BLOCK_BYTES = 1 << 17
-_ZEROS = memoryview(bytes(_BLOCK_BYTES))
+_LARGEST_BLOCK_BYTES = 1 << 17
+_CACHE_LINE_BYTES = 64
+_ZEROS = memoryview(bytes(_LARGEST_BLOCK_BYTES))
 _ZERO_COUNTER = bytes(16)
 _COUNTER_MODE = modes.CTR(_ZERO_COUNTER)
-
-
-@dataclass(frozen=True, slots=True)
-class _Run:
-    """Words of one width within a block.
-
-    Attributes:
-        start: Byte offset in the vector.
-        stream: The stream's words that belong to them.
-    """
-
-    start: int
-    stream: Words
-
-    def of(self, vector: bytearray) -> Words:
-        """Return a view of them in `vector`."""
-        return np.frombuffer(vector, self.stream.dtype, self.stream.size, self.start)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,27 +35,31 @@ class _Block:
     """A part of the vector as long as the reused block of stream, or shorter.
 
     Attributes:
+        place: Where it is in the vector.
         zeros: As many zero bytes, what the cipher encrypts.
         stream: Where the stream's bytes go.
-        runs: The words in it.
+        total: Where the sum is made.
+        words: The words of `total` and of `stream`, width by width.
     """
 
+    place: slice
     zeros: memoryview
     stream: memoryview
-    runs: tuple[_Run, ...]
+    total: memoryview
+    words: tuple[tuple[Words, Words], ...]
 
 
 class MaskExpander:
-    """Adds mask streams to vectors of one shape, through one reused block that stays in the processor's cache."""
+    """Adds mask streams to vectors of one shape, through two reused blocks that stay in the processor's cache."""
 
     def __init__(self, parameters: SecAggParameters) -> None:
         """Prepare for vectors of the segments that `parameters` name, as they lie in memory."""
         self._cipher: Cipher = parameters.cipher
         length = unpacked_bytes(parameters)
-        self._stream = bytearray(min(_BLOCK_BYTES, length))
+        block_bytes = _block_bytes(length)
+        self._stream, self._total = _aligned(block_bytes), _aligned(block_bytes)
         self._blocks = [
-            self._cut(segments_of(parameters), at, min(at + _BLOCK_BYTES, length))
-            for at in range(0, length, _BLOCK_BYTES)
+            self._cut(parameters, at, min(at + block_bytes, length)) for at in range(0, length, block_bytes)
         ]
 
     def add(self, vector: bytearray, key: bytes) -> None:
@@ -91,28 +80,46 @@ class MaskExpander:
         """
         streams: list[tuple[np.ufunc, _Encryption]] = [(np.add, _encryption(self._cipher, key)) for key in added]
         streams += [(np.subtract, _encryption(self._cipher, key)) for key in subtracted]
-        for block in self._blocks:
-            zeros, stream = block.zeros, block.stream
-            runs = [(run.of(vector), run.stream) for run in block.runs]
-            for operation, encrypt_into in streams:
-                encrypt_into(zeros, stream)
-                for target, words in runs:
-                    operation(target, words, target)
+        with memoryview(vector) as view:
+            for block in self._blocks:
+                block.total[:] = view[block.place]
+                zeros, stream, words = block.zeros, block.stream, block.words
+                for operation, encrypt_into in streams:
+                    encrypt_into(zeros, stream)
+                    for total, mask in words:
+                        operation(total, mask, total)
+                view[block.place] = block.total
 
     def erase(self) -> None:
-        """Overwrite what is left of the last stream."""
-        self._stream[:] = _ZEROS[: len(self._stream)]
+        """Overwrite what is left of the last stream and of the last sum."""
+        self._stream[:] = 0
+        self._total[:] = 0
 
-    def _cut(self, segments: Sequence[Segment], start: int, stop: int) -> _Block:
-        stream = memoryview(self._stream)[: stop - start]
-        return _Block(_ZEROS[: stop - start], stream, tuple(self._runs(segments, start, stop)))
+    def _cut(self, parameters: SecAggParameters, start: int, stop: int) -> _Block:
+        stream, total = self._stream.data[: stop - start], self._total.data[: stop - start]
+        words = tuple(self._words(parameters, start, stop))
+        return _Block(slice(start, stop), _ZEROS[: stop - start], stream, total, words)
 
-    def _runs(self, segments: Sequence[Segment], start: int, stop: int) -> Iterator[_Run]:
-        for segment in segments:
+    def _words(self, parameters: SecAggParameters, start: int, stop: int) -> Iterator[tuple[Words, Words]]:
+        for segment in segments_of(parameters):
             first, last = max(segment.start, start), min(segment.stop, stop)
             if first < last:
-                count = (last - first) // segment.dtype.itemsize
-                yield _Run(first, np.frombuffer(self._stream, segment.dtype, count, first - start))
+                place = slice(first - start, last - start)
+                yield self._total[place].view(segment.dtype), self._stream[place].view(segment.dtype)
+
+
+def _block_bytes(length: int) -> int:
+    """Return the length of a block: as few blocks as fit, all nearly as long, whole cache lines but for the last."""
+    count = -(-length // _LARGEST_BLOCK_BYTES)
+    lines = -(-length // (count * _CACHE_LINE_BYTES))
+    return lines * _CACHE_LINE_BYTES
+
+
+def _aligned(size: int) -> npt.NDArray[np.uint8]:
+    """Return `size` zero bytes that begin with a cache line: adding words across lines takes a quarter longer."""
+    room = np.zeros(size + _CACHE_LINE_BYTES, np.uint8)
+    start = -room.ctypes.data % _CACHE_LINE_BYTES
+    return room[start : start + size]
 
 
 def _encryption(cipher: Cipher, key: bytes) -> _Encryption:

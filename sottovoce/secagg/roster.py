@@ -206,11 +206,11 @@ def open_signature(
         raise MalformedMessage(f"a signature of {envelope.sender}, who is not a surviving neighbour")
     claimed = parse_body(envelope, SurvivorsSignature)
     certificate = members[envelope.sender].certificate
-    context, content = signed_content(envelope, certificate)
+    context, body_digest, content = signed_content(envelope, certificate)
     certificate.verify(envelope.signature, content)
     if context != agreement.context_of(envelope.sender, session=session):
         raise Replayed(f"a signature of {envelope.sender} from another session")
-    return Opened(claimed, certificate, context, payload)
+    return Opened(claimed, certificate, context, body_digest, payload)
 
 
 def _open_advertisements(
@@ -221,7 +221,11 @@ def _open_advertisements(
     claimed = [parse_body(envelope, AdvertiseKeys) for envelope in envelopes]
     certificates = [anchor.verify(message.certificate, at=at, role="device") for message in claimed]
     contents = [signed_content(*pair) for pair in zip(envelopes, certificates, strict=True)]
-    for envelope, certificate, (_, content) in zip(envelopes, certificates, contents, strict=True):
+    for envelope, certificate, (_, _, content) in zip(envelopes, certificates, contents, strict=True):
         certificate.verify(envelope.signature, content)
-    contexts = [context for context, _ in contents]
-    return [Opened(*parts) for parts in zip(claimed, certificates, contexts, payloads, strict=True)]
+    return [
+        Opened(message, certificate, context, body_digest, payload)
+        for message, certificate, (context, body_digest, _), payload in zip(
+            claimed, certificates, contents, payloads, strict=True
+        )
+    ]

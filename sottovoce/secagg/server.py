@@ -25,9 +25,10 @@ from sottovoce.errors import (
     UnexpectedMessage,
 )
 from sottovoce.identity import SignedContext
-from sottovoce.plan import BlobRef, canonical, digest_of
-from sottovoce.secagg import graph, server_steps
+from sottovoce.secagg import graph, keys, server_steps
 from sottovoce.secagg.graph import GraphRule
+from sottovoce.secagg.lanes import Entropy
+from sottovoce.secagg.mask_removal import AT_ONCE, Spread
 from sottovoce.secagg.server_stages import (
     Abandoned,
     AdvertisingKeys,
@@ -38,8 +39,8 @@ from sottovoce.secagg.server_stages import (
     Stage,
     Unmasked,
 )
-from sottovoce.secagg.server_steps import AT_ONCE, Spread
 from sottovoce.secagg.transcript import NO_SESSION, Agreement, agree
+from sottovoce.secagg.uploads import ExpectedVector
 from sottovoce.wire.chunks import Assembly
 from sottovoce.wire.codec import Opened
 from sottovoce.wire.messages import (
@@ -107,6 +108,7 @@ class ServerSession:
 
     Attributes:
         stage: Where the session stands.
+        invitation: What every device is asked first, the same of all.
         dropped: Stage name -> device ids, sorted, that owed an answer when the stage was closed. Those who are missing
             from `consistency_check` or `unmasking` are in the sum all the same.
         survivors: Device ids, sorted, whose vector is in the sum; empty until the masked input stage is closed.
@@ -120,6 +122,7 @@ class ServerSession:
         state: bytes,
         parameters: SecAggParameters,
         expected: Iterable[str],
+        entropy: Entropy,
         graph_rule: GraphRule | None = None,
         spread: Spread = AT_ONCE,
     ) -> None:
@@ -131,6 +134,7 @@ class ServerSession:
             state: Digest of the state that the updates start from, 32 bytes.
             parameters: Of the session.
             expected: Device ids invited to advertise keys.
+            entropy: Source of this session's upload key; `os.urandom` outside tests.
             graph_rule: Gives (k, t) once it is known how many have advertised; the complete graph if None.
             spread: Over how many threads the masks are taken off, and how.
 
@@ -146,12 +150,21 @@ class ServerSession:
             raise ConfigError(
                 f"{len(invited)} devices are invited where maximum_clients is {parameters.maximum_clients}"
             )
-        self._agreement = agree(context, coordinator=context.sender, plan=plan, state=state, parameters=parameters)
+        upload_keys = keys.key_pair(entropy(keys.SECRET_BYTES))
+        self.invitation = AdvertiseKeysRequest(parameters=parameters, upload_key=upload_keys.public)
+        self._agreement = agree(
+            context,
+            coordinator=context.sender,
+            plan=plan,
+            state=state,
+            parameters=parameters,
+            upload_key=upload_keys.public,
+        )
         self._recorded: dict[tuple[str, type[Message]], bytes] = {}
-        self._requests: dict[str, Message] = dict.fromkeys(invited, AdvertiseKeysRequest(parameters=parameters))
+        self._requests: dict[str, Message] = dict.fromkeys(invited, self.invitation)
         self._requests_session = self._session = NO_SESSION
         self._spread = spread
-        self.stage: Stage = AdvertisingKeys(invited, graph_rule)
+        self.stage: Stage = AdvertisingKeys(invited, graph_rule, upload_keys)
         self._owing = set(self.stage.waiting_for())
         self.dropped: dict[str, list[str]] = {}
         self.survivors: tuple[str, ...] = ()
@@ -201,9 +214,8 @@ class ServerSession:
         session = NO_SESSION if kind is AdvertiseKeys else self._session
         if opened.context != self._agreement.context_of(device, session=session):
             raise Replayed(f"{device}'s {kind.__name__} was signed for another round or session")
-        digest = digest_of(canonical(opened.message))
         recorded = self._recorded.get((device, kind))
-        if recorded == digest:
+        if recorded == opened.body_digest:
             return []
         if recorded is not None:
             raise ConflictingMessage(f"{device} has already given another {kind.__name__} in this session")
@@ -211,12 +223,12 @@ class ServerSession:
         if step is None:
             raise UnexpectedMessage(self.stage, opened.message)
         step(self._agreement, self.stage, opened)
-        self._recorded[device, kind] = digest
+        self._recorded[device, kind] = opened.body_digest
         if kind is not MaskedInput:  # It is followed by the vector itself.
             self._owing.discard(device)
         return []
 
-    def expected_vector(self, device: str) -> BlobRef | None:
+    def expected_vector(self, device: str) -> ExpectedVector | None:
         """Return the masked vector that `device` has announced and that is not yet added, or None."""
         match self.stage:
             case CollectingInputs(cohort=cohort, announced=announced) if device in cohort.position_of:
@@ -224,21 +236,21 @@ class ServerSession:
             case _:
                 return None
 
-    def add_vector(self, device: str, upload: Assembly) -> None:
+    def add_vector(self, device: str, upload: Assembly[ExpectedVector]) -> None:
         """Add the masked vector of `device` to the total, in one step; it may be freed afterwards.
 
         Args:
             device: Device id.
-            upload: The whole vector. Its chunks were verified as they came, so that nothing is hashed here again.
+            upload: The whole of what `expected_vector` gave. Its chunks were verified as they came, and are not again.
 
         Raises:
             LocalProtocolError: No vector of this device is expected: not announced, already added, or too late.
             BadBlob: It is not the vector that was announced, or not whole.
         """
-        reference = self.expected_vector(device)
-        if reference is None or not isinstance(self.stage, CollectingInputs):
+        expected = self.expected_vector(device)
+        if expected is None or not isinstance(self.stage, CollectingInputs):
             raise LocalProtocolError(f"no masked vector of {device} is expected")
-        if upload.ref != reference:
+        if upload.ref is not expected:
             raise BadBlob(f"the upload of {device} is not the vector that it has announced")
         position = self.stage.cohort.position_of[device]
         server_steps.add_upload(self.stage.total, upload, self._agreement.parameters)

@@ -9,10 +9,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from sottovoce.plan import BlobRef
 from sottovoce.secagg.graph import GraphRule
+from sottovoce.secagg.keys import KeyPair
 from sottovoce.secagg.roster import Member, Shape
 from sottovoce.secagg.shamir import Limbs
+from sottovoce.secagg.uploads import ExpectedVector
 from sottovoce.wire.messages import ShareKeys
 
 
@@ -61,11 +62,13 @@ class AdvertisingKeys:
     Attributes:
         expected: Their device ids.
         graph_rule: Gives (k, t) of so many members.
+        upload_keys: The coordinator's key pair of this session.
         answers: Device id -> what it has advertised.
     """
 
     expected: frozenset[str]
     graph_rule: GraphRule
+    upload_keys: KeyPair = field(repr=False)
     answers: dict[str, Candidate] = field(default_factory=dict)
 
     def waiting_for(self) -> frozenset[str]:
@@ -78,6 +81,7 @@ class SharingKeys:
     """Waiting for encrypted shares; nothing is forwarded before this stage is closed."""
 
     cohort: Cohort
+    upload_keys: KeyPair = field(repr=False)
     answers: dict[int, ShareKeys] = field(default_factory=dict)
 
     def waiting_for(self) -> frozenset[str]:
@@ -93,6 +97,7 @@ class CollectingInputs:
         cohort: The members.
         commitments: Position -> commitment, of every member that shared keys.
         total: The accumulator.
+        upload_keys: Position -> the key that tags this member's chunks, of every member that shared keys.
         announced: Position -> the vector that was announced, until it has been added.
         inclusions: Position -> neighbour's position -> the token made for that neighbour (active mode).
         added: Positions whose vector is in the total.
@@ -101,7 +106,8 @@ class CollectingInputs:
     cohort: Cohort
     commitments: Mapping[int, bytes]
     total: bytearray = field(repr=False)
-    announced: dict[int, BlobRef] = field(default_factory=dict)
+    upload_keys: Mapping[int, bytes] = field(repr=False)
+    announced: dict[int, ExpectedVector] = field(default_factory=dict)
     inclusions: dict[int, dict[int, bytes]] = field(default_factory=dict, repr=False)
     added: set[int] = field(default_factory=set)
 

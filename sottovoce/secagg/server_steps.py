@@ -6,18 +6,16 @@ function returns the next stage and what to ask of whom, or raises RoundAbandone
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache, partial
-from typing import TypeAlias
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
-from sottovoce.errors import BadShare, ConfigError, MalformedMessage, RemoteProtocolError, RoundAbandoned
+from sottovoce.errors import ConfigError, MalformedMessage, RemoteProtocolError, RoundAbandoned
 from sottovoce.identity import Certificate
-from sottovoce.secagg import graph, keys, segments, shamir
+from sottovoce.secagg import graph, keys, mask_removal, segments, shamir
 from sottovoce.secagg.graph import GraphRule
-from sottovoce.secagg.masks import MaskExpander
 from sottovoce.secagg.roster import Shape, check_advertisement, shape_of
 from sottovoce.secagg.server_stages import (
     AdvertisingKeys,
@@ -30,8 +28,8 @@ from sottovoce.secagg.server_stages import (
     SharingKeys,
     Unmasked,
 )
-from sottovoce.secagg.transcript import DIGEST_BYTES, Agreement, commitment_to, survivors_digest
-from sottovoce.secagg.unmask import rebuild_secrets
+from sottovoce.secagg.transcript import DIGEST_BYTES, Agreement, survivors_digest
+from sottovoce.secagg.uploads import ExpectedVector, expect
 from sottovoce.wire.chunks import Assembly
 from sottovoce.wire.codec import Opened
 from sottovoce.wire.messages import (
@@ -50,27 +48,6 @@ from sottovoce.wire.messages import (
 
 _CIPHERTEXT_BYTES = 2 * shamir.SHARE_BYTES + keys.TAG_BYTES
 _WIDEST_WORD_BYTES = 8
-_STREAMS_AT_ONCE = 64
-"""Mask streams that pass over the total together; each needs about 1 kB, which the processor's cache has to hold."""
-_Rebuilt: TypeAlias = bytes | keys.KeyPair
-"""What is rebuilt of a member: its self seed if its vector is in the total, else its mask keys."""
-
-
-@dataclass(frozen=True, slots=True)
-class Spread:
-    """How the masks' expansion is spread over threads; most of it runs without the interpreter's lock.
-
-    Attributes:
-        parts: How many, each with an accumulator of its own.
-        run: `map`, or the `map` of a pool of as many threads.
-    """
-
-    parts: int
-    run: Callable[..., Iterable[None]]
-
-
-AT_ONCE = Spread(1, map)
-"""One part, in the caller's thread."""
 
 
 def take_advertisement(agreement: Agreement, stage: AdvertisingKeys, opened: Opened[AdvertiseKeys]) -> None:
@@ -101,7 +78,7 @@ def take_shares(agreement: Agreement, stage: SharingKeys, opened: Opened[ShareKe
 
 
 def take_announcement(agreement: Agreement, stage: CollectingInputs, opened: Opened[MaskedInput]) -> None:
-    """Record which vector a member will upload.
+    """Record which vector a member will upload, and what its chunks will be checked with.
 
     Raises:
         RemoteProtocolError: The member has not shared keys in time.
@@ -110,11 +87,12 @@ def take_announcement(agreement: Agreement, stage: CollectingInputs, opened: Ope
     position = _position(stage.cohort, opened.certificate)
     if position not in stage.commitments:
         raise RemoteProtocolError(f"{opened.certificate.name} did not share keys in time")
-    size = opened.message.vector.size
-    if size != agreement.parameters.vector_bytes:
-        raise MalformedMessage(f"{opened.certificate.name} announced {size} bytes, not the session's vector")
+    vector, member = opened.message.vector, stage.cohort.members[position]
+    if vector.size != agreement.parameters.vector_bytes:
+        raise MalformedMessage(f"{member.device} announced {vector.size} bytes, not the session's vector")
     tokens = _tokens_by_neighbour(agreement, stage, position, opened.message.inclusions)
-    stage.announced[position], stage.inclusions[position] = opened.message.vector, tokens
+    stage.announced[position] = expect(vector, stage.upload_keys[position])
+    stage.inclusions[position] = tokens
 
 
 def take_signature(agreement: Agreement, stage: CheckingConsistency, opened: Opened[SurvivorsSignature]) -> None:
@@ -142,8 +120,8 @@ def take_unmasking(agreement: Agreement, stage: CollectingShares, opened: Opened
     if position not in stage.asked:
         raise RemoteProtocolError(f"{opened.certificate.name} was not asked for shares")
     sharers, alive = stage.inputs.commitments, stage.alive
-    self_seeds = sorted(alive.intersection(cohort.holders(position)))
-    mask_keys = sorted(sharers.keys() & set(cohort.neighbours[position]).difference(alive))
+    self_seeds = [owner for owner in cohort.holders(position) if owner in alive]
+    mask_keys = [owner for owner in cohort.neighbours[position] if owner not in alive and owner in sharers]
     given = [owner for owner, _ in message.self_seed_shares], [owner for owner, _ in message.mask_key_shares]
     if given != (self_seeds, mask_keys):
         raise MalformedMessage(f"{opened.certificate.name} did not give exactly the shares asked for")
@@ -151,7 +129,7 @@ def take_unmasking(agreement: Agreement, stage: CollectingShares, opened: Opened
     stage.answers[position] = GivenShares(owners, shamir.parse_shares(contents))
 
 
-def add_upload(total: bytearray, upload: Assembly, parameters: SecAggParameters) -> None:
+def add_upload(total: bytearray, upload: Assembly[ExpectedVector], parameters: SecAggParameters) -> None:
     """Add a whole masked vector to `total`, in place; every word wraps around.
 
     Chunks of whole words are added as they came; else (packed entries, chunks of odd sizes) they are joined first.
@@ -191,7 +169,7 @@ def close_advertising(agreement: Agreement, stage: AdvertisingKeys) -> tuple[Sha
         )
         for position, member in enumerate(members)
     }
-    return SharingKeys(cohort), rosters
+    return SharingKeys(cohort, stage.upload_keys), rosters
 
 
 def close_sharing(agreement: Agreement, stage: SharingKeys) -> tuple[CollectingInputs, dict[str, Message]]:
@@ -213,7 +191,7 @@ def close_sharing(agreement: Agreement, stage: SharingKeys) -> tuple[CollectingI
     }
     commitments = {position: answer.commitment for position, answer in answers.items()}
     total = bytearray(segments.unpacked_bytes(agreement.parameters))
-    return CollectingInputs(cohort, commitments, total), requests
+    return CollectingInputs(cohort, commitments, total, _upload_keys(stage)), requests
 
 
 def close_inputs(
@@ -261,7 +239,7 @@ def close_consistency(agreement: Agreement, stage: CheckingConsistency) -> tuple
 
 
 def close_unmasking(
-    agreement: Agreement, stage: CollectingShares, spread: Spread = AT_ONCE
+    agreement: Agreement, stage: CollectingShares, spread: mask_removal.Spread = mask_removal.AT_ONCE
 ) -> tuple[Unmasked, dict[str, Message]]:
     """Rebuild the secrets that the survivor set calls for and take every mask off the total, spread over `spread`.
 
@@ -269,8 +247,7 @@ def close_unmasking(
         RoundAbandoned: Too few shares, or shares that no subset makes right.
     """
     _require_shares(stage.inputs, stage.answers.keys())
-    secrets = _rebuild(stage)
-    _take_masks_off(agreement, stage, secrets, spread)
+    mask_removal.take_masks_off(agreement, stage, mask_removal.rebuild(stage), spread)
     segments.reduce(stage.inputs.total, agreement.parameters)
     return Unmasked(stage.inputs.total), {}
 
@@ -316,6 +293,16 @@ def _position(cohort: Cohort, sender: Certificate) -> int:
     return position
 
 
+def _upload_keys(stage: SharingKeys) -> dict[int, bytes]:
+    """Return the upload key of everybody who shared keys; in one go they take half as long as between uploads."""
+    session, members = stage.cohort.shape.session, stage.cohort.members
+    secrets = {position: stage.upload_keys.agree(members[position].channel_key) for position in stage.answers}
+    return {
+        position: keys.upload_key(secret, session=session, device=members[position].device)
+        for position, secret in secrets.items()
+    }
+
+
 def _tokens_by_neighbour(
     agreement: Agreement, stage: CollectingInputs, position: int, inclusions: bytes
 ) -> dict[int, bytes]:
@@ -355,95 +342,3 @@ def _require_shares(inputs: CollectingInputs, present: Collection[int]) -> None:
         if left < cohort.shape.threshold:
             name, needed = cohort.members[owner].device, cohort.shape.threshold
             raise RoundAbandoned("too_few_shares", f"{left} devices can give shares for {name}, {needed} are needed")
-
-
-def _rebuild(stage: CollectingShares) -> dict[int, _Rebuilt]:
-    """Return the self seed of every survivor and the mask keys of every member that dropped out after sharing."""
-    cohort, inputs = stage.inputs.cohort, stage.inputs
-    points = cohort.shape.points(tuple(stage.answers))
-    answers = [(answer.owners, answer.limbs) for answer in stage.answers.values()]
-    given = dict(zip(points, answers, strict=True))
-    survivors, session = stage.alive, cohort.shape.session
-    pairs: dict[int, keys.KeyPair] = {}
-
-    def verify(owner: int, secret: bytes) -> None:
-        if owner in survivors:
-            found, expected = commitment_to(secret, session=session, position=owner), inputs.commitments[owner]
-        else:
-            pairs[owner] = keys.key_pair(secret)
-            found, expected = pairs[owner].public, cohort.members[owner].mask_key
-        if found != expected:
-            raise BadShare(f"the rebuilt secret of {cohort.members[owner].device} is not the one it committed to")
-
-    try:
-        secrets = rebuild_secrets(
-            given,
-            owners=tuple(inputs.commitments),
-            threshold=cohort.shape.threshold,
-            verify=verify,
-            session=session,
-        )
-    except BadShare as error:
-        raise RoundAbandoned("bad_shares", str(error)) from error
-    return {**secrets, **pairs}
-
-
-@dataclass(slots=True)
-class _Streams:
-    """Keys of mask streams that are to be taken off in one pass over the total.
-
-    Attributes:
-        added: Of the streams to add.
-        subtracted: Of the streams to subtract.
-    """
-
-    added: list[bytes] = field(default_factory=list, repr=False)
-    subtracted: list[bytes] = field(default_factory=list, repr=False)
-
-
-def _take_masks_off(
-    agreement: Agreement, stage: CollectingShares, secrets: Mapping[int, _Rebuilt], spread: Spread
-) -> None:
-    owners = list(secrets)
-    parts = [owners[start :: spread.parts] for start in range(spread.parts)]
-    if len(parts) == 1:
-        _unmask_part(agreement, stage, secrets, owners, stage.inputs.total)
-        return
-    totals = [bytearray(len(stage.inputs.total)) for _ in parts]
-    list(spread.run(partial(_unmask_part, agreement, stage, secrets), parts, totals))
-    for total in totals:
-        segments.add_into(stage.inputs.total, total, agreement.parameters)
-
-
-def _unmask_part(
-    agreement: Agreement,
-    stage: CollectingShares,
-    secrets: Mapping[int, _Rebuilt],
-    owners: Sequence[int],
-    total: bytearray,
-) -> None:
-    """Take the masks that follow from the secrets of `owners` off `total`."""
-    expander, streams = MaskExpander(agreement.parameters), _Streams()
-    for owner in owners:
-        _gather(agreement, stage, secrets[owner], owner, streams)
-        if len(streams.added) + len(streams.subtracted) >= _STREAMS_AT_ONCE:
-            expander.apply(total, added=streams.added, subtracted=streams.subtracted)
-            streams = _Streams()
-    expander.apply(total, added=streams.added, subtracted=streams.subtracted)
-    expander.erase()
-
-
-def _gather(agreement: Agreement, stage: CollectingShares, secret: _Rebuilt, owner: int, streams: _Streams) -> None:
-    """Note the streams that follow from the secret of `owner`."""
-    cohort, cipher = stage.inputs.cohort, agreement.parameters.cipher
-    session, device = cohort.shape.session, cohort.members[owner].device
-    if isinstance(secret, bytes):
-        streams.subtracted.append(keys.self_mask_key(secret, session=session, device=device, cipher=cipher))
-        return
-    for position in stage.alive.intersection(cohort.neighbours[owner]):
-        peer = cohort.members[position]
-        lower, upper = (device, peer.device) if owner < position else (peer.device, device)
-        shared = secret.agree(peer.mask_key)
-        key = keys.pairwise_mask_key(shared, session=session, lower=lower, upper=upper, cipher=cipher)
-        # The survivor added this stream if its position is the lower one, and subtracted it otherwise.
-        (streams.subtracted if position < owner else streams.added).append(key)

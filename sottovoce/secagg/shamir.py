@@ -99,8 +99,10 @@ def interpolate_each(points: Points, shares: Limbs) -> Limbs:
     Returns:
         Shape (secrets, LIMBS).
     """
-    sets, which = np.unique(points, axis=0, return_inverse=True)
-    weights = _lagrange_at_zero(sets)[which.reshape(-1)]
+    rows = [row.tobytes() for row in points]
+    index = {row: number for number, row in enumerate(dict.fromkeys(rows))}
+    sets = np.frombuffer(b"".join(index), points.dtype).reshape(len(index), -1)
+    weights = _lagrange_at_zero(sets)[[index[row] for row in rows]]
     limbs = np.empty((len(points), LIMBS), np.uint16)
     for at in range(0, len(points), _BATCH):
         part = slice(at, at + _BATCH)

@@ -37,6 +37,7 @@ class Agreement:
         state: State digest, 32 bytes.
         parameters: Of the session.
         parameters_digest: SHA-256 of their canonical encoding.
+        upload_key: The coordinator's X25519 public key of this session, 32 bytes.
     """
 
     fleet: str
@@ -47,6 +48,7 @@ class Agreement:
     state: bytes
     parameters: SecAggParameters
     parameters_digest: bytes
+    upload_key: bytes
 
     def context_of(self, sender: str, *, session: bytes) -> SignedContext:
         """Return the context that a message of device `sender` to the coordinator must be signed in."""
@@ -54,11 +56,18 @@ class Agreement:
 
 
 def agree(
-    context: SignedContext, *, coordinator: str, plan: bytes, state: bytes, parameters: SecAggParameters
+    context: SignedContext,
+    *,
+    coordinator: str,
+    plan: bytes,
+    state: bytes,
+    parameters: SecAggParameters,
+    upload_key: bytes,
 ) -> Agreement:
     """Return the agreement on one session; fleet, round and attempt come from `context`."""
     digest = digest_of(canonical(parameters))
-    return Agreement(context.fleet, coordinator, context.round, context.attempt, plan, state, parameters, digest)
+    when = (context.round, context.attempt)
+    return Agreement(context.fleet, coordinator, *when, plan, state, parameters, digest, upload_key)
 
 
 def leaf_of(device: str, fingerprint: bytes, advertisement: AdvertiseKeys) -> bytes:
@@ -99,6 +108,7 @@ def session_id(agreement: Agreement, *, members: int, neighbour_count: int, thre
         agreement.plan,
         agreement.state,
         agreement.parameters_digest,
+        agreement.upload_key,
         struct.pack("<III", members, neighbour_count, threshold),
         root,
     )

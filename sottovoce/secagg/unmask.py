@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import islice
+from itertools import chain, islice
 
 import numpy as np
 
@@ -68,11 +68,12 @@ def _share_sets(
     given: Mapping[int, tuple[Sequence[int], Limbs]], owners: Sequence[int]
 ) -> dict[int, tuple[Points, Limbs]]:
     """Return for every owner its points, rising, and the shares there, by one sort of all shares of all members."""
-    held = [np.asarray(list(row), np.int64) for row, _ in given.values()]
-    point_of = np.repeat(np.fromiter(given, np.int64, len(given)), [len(row) for row in held])
-    owner_of, limbs = np.concatenate(held), np.concatenate([limbs for _, limbs in given.values()])
-    order = np.lexsort((point_of, owner_of))
-    point_of, owner_of, limbs = point_of[order], owner_of[order], limbs[order]
+    lengths = [len(row) for row, _ in given.values()]
+    point_of = np.repeat(np.fromiter(given, np.int64, len(given)), lengths)
+    owner_of = np.fromiter(chain.from_iterable(row for row, _ in given.values()), np.int64, sum(lengths))
+    order = np.argsort(owner_of * shamir.PRIME + point_of)  # Points are below p: one number sorts by both.
+    limbs = np.concatenate([limbs for _, limbs in given.values()])[order]
+    point_of, owner_of = point_of[order], owner_of[order]
     starts, stops = (np.searchsorted(owner_of, np.asarray(owners, np.int64), side) for side in ("left", "right"))
     cuts = zip(owners, starts.tolist(), stops.tolist(), strict=True)
     return {owner: (point_of[start:stop], limbs[start:stop]) for owner, start, stop in cuts}

@@ -174,7 +174,7 @@ class BlobFetcher:
     def __init__(self, topics: Topics, *, limits: FetchLimits | None = None) -> None:
         self._topics = topics
         self._limits = limits or FetchLimits()
-        self._open: dict[bytes, Assembly] = {}
+        self._open: dict[bytes, Assembly[BlobRef]] = {}
         self._waiting: OrderedDict[bytes, BlobRef] = OrderedDict()
         self.refused: Counter[str] = Counter()
 
@@ -232,7 +232,7 @@ class BlobFetcher:
         assembly = self._open.get(digest)
         return None if assembly is None else len(assembly.missing())
 
-    def _finish(self, assembly: Assembly) -> list[FetchEffect]:
+    def _finish(self, assembly: Assembly[BlobRef]) -> list[FetchEffect]:
         result: Fetched | Failed
         try:
             result = Fetched(assembly.ref, assembly.content())

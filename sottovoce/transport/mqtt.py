@@ -61,7 +61,8 @@ class MqttTransport:
 
     @property
     def refused(self) -> Mapping[str, int]:
-        """How many publishes and subscriptions the broker has refused, by its reason. Empty when all is well."""
+        """How many publishes and subscriptions the broker has refused, by its reason, and how many deliveries were too
+        large. Empty when all is well."""
         return dict(self._link.refused)
 
     def publish(self, topic: str, payload: bytes, *, retain: bool = False, qos: int = 1) -> None:

@@ -70,7 +70,7 @@ class Link:
     Attributes:
         is_up: The broker has let us in and the connection lives.
         packet_limit: The broker's Maximum Packet Size as last announced, or None.
-        refused: What the broker refused, by reason.
+        refused: What the broker refused, and what it delivered that is too large, by reason.
         stopped: Why there will be no further connection, or None.
     """
 
@@ -192,6 +192,7 @@ class Link:
         self._send_queued()
         if self._client.want_write():
             self._client.loop_write()
+            self._send_queued()  # What needs no acknowledgement is done once it is written, and makes room.
         self._client.loop_misc()
         unanswered_s = time.monotonic() - self._facts.started_s
         if self._facts.connack_code is None and unanswered_s > self._settings.connect_timeout_s:
@@ -378,6 +379,10 @@ class Link:
         try:
             topic = message.topic
         except UnicodeDecodeError:  # Nobody can act on it, so it is not delivered; unacknowledged it would come again.
+            client.ack(message.mid, message.qos)
+            return
+        if len(message.payload) > self._settings.max_payload_bytes:  # Over 3.1.1 no broker can be told to keep it.
+            self.refused["a delivery larger than max_payload_bytes"] += 1
             client.ack(message.mid, message.qos)
             return
         receipt = Receipt(self._number, message.mid) if message.qos > 0 else None

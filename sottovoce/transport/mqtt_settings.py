@@ -52,7 +52,7 @@ class MqttSettings:
         session_expiry_s: The broker keeps subscriptions and queued messages so long (MQTT 5; under 3.1.1 the broker
             decides). A day covers a device that is switched off at night.
         connect_timeout_s: For the TCP connection, the TLS handshake and the broker's answer, each.
-        max_payload_bytes: Largest payload of one message: one chunk and its header.
+        max_payload_bytes: Largest payload of one message: one chunk and its header. Larger deliveries are dropped.
         receive_maximum: Messages on the way to this client that it has not acknowledged (MQTT 5). Two chunks keep the
             link busy; a thousand stalled readers then cost the broker megabytes, not gigabytes.
         send_maximum: Publishes on the way to the broker, likewise.

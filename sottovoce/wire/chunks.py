@@ -1,14 +1,15 @@
 """Cutting what is larger than one MQTT message, and putting it together again without trusting anybody.
 
-Two cases. A *blob* or a *masked vector* has a BlobRef (in something signed) that names each chunk's digest: `Assembly`.
-An *envelope* larger than one chunk is cut into equal fragments that name the digest of the whole: `Reassembler`.
+Two cases. A *blob* or a *masked vector* is announced by something signed, with a digest or a tag of each chunk:
+`Assembly`. An *envelope* larger than one chunk is cut into equal fragments that name the digest of the whole:
+`Reassembler`.
 Both have bounded memory, and both take chunks in any order, repeated or not.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import TypeAlias
+from typing import Generic, Protocol, TypeAlias, TypeVar
 
 import msgspec
 
@@ -26,8 +27,29 @@ Chunk: TypeAlias = bytes | memoryview
 """Part of something larger; a view if it lies in the message that it came in."""
 
 
+class Announced(Protocol):
+    """What `Assembly` must know of the whole: its size, its chunks, and how to tell the right ones."""
+
+    @property
+    def size(self) -> int:
+        """Bytes in the whole."""
+
+    @property
+    def chunk_count(self) -> int:
+        """How many chunks it has."""
+
+    def chunk_slice(self, index: int) -> slice:
+        """Return where chunk `index` lies in the whole."""
+
+    def verify_chunk(self, index: int, chunk: Chunk) -> None:
+        """Raise BadBlob unless `chunk` is chunk `index`."""
+
+
+A = TypeVar("A", bound=Announced)
+
+
 class VectorChunk(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """One chunk of a masked vector; verified against the digests in the signed MaskedInput.
+    """One chunk of a masked vector; verified against the tags in the signed MaskedInput.
 
     Attributes:
         session: Session id, 32 bytes.
@@ -96,14 +118,14 @@ def decode_vector_chunk(payload: bytes) -> VectorChunk:
     return VectorChunk(received.session, received.index, received.content)
 
 
-class Assembly:
+class Assembly(Generic[A]):
     """A blob or vector being put together; every chunk is verified as it comes, and kept as it came.
 
     Attributes:
         ref: What is being assembled.
     """
 
-    def __init__(self, ref: BlobRef, *, max_bytes: int = MAX_ASSEMBLY_BYTES) -> None:
+    def __init__(self, ref: A, *, max_bytes: int = MAX_ASSEMBLY_BYTES) -> None:
         """Begin with every chunk missing.
 
         Args:
@@ -111,10 +133,10 @@ class Assembly:
             max_bytes: The largest size the caller can afford.
 
         Raises:
-            BadBlob: The blob is larger than `max_bytes`.
+            BadBlob: It is larger than `max_bytes`.
         """
         if ref.size > max_bytes:
-            raise BadBlob(f"blob {ref.digest.hex()[:12]} of {ref.size} bytes is larger than the {max_bytes} allowed")
+            raise BadBlob(f"{ref.size} bytes, which is larger than the {max_bytes} allowed")
         self.ref = ref
         self._chunks: dict[int, Chunk] = {}
         self._missing = set(range(ref.chunk_count))
@@ -123,7 +145,7 @@ class Assembly:
         """Put chunk `index` in its place; return whether the whole is now complete. Repeats change nothing.
 
         Raises:
-            BadBlob: The chunk is not chunk `index` of this blob.
+            BadBlob: The chunk is not chunk `index` of it.
         """
         if index in self._missing or not 0 <= index < self.ref.chunk_count:
             kept = _kept(chunk)
@@ -157,8 +179,8 @@ class Assembly:
     def chunks(self) -> list[Chunk]:
         """Return all chunks, in order.
 
-        Every byte has been verified against `ref`: its size, chunk size and chunk digests leave only one content. The
-        digest of the whole, by which a blob is *named*, has not been: see `content`.
+        Every byte has been verified against `ref`: sizes and the chunks' digests or tags leave only one content. The
+        digest by which a blob is *named* has not been: see `content`.
 
         Raises:
             BadBlob: A chunk is missing.
@@ -167,8 +189,8 @@ class Assembly:
             raise BadBlob(f"{len(self._missing)} chunks are missing")
         return [self._chunks[index] for index in range(self.ref.chunk_count)]
 
-    def content(self) -> bytes:
-        """Return what the chunks make up, verified against the digest of the whole, too.
+    def content(self: Assembly[BlobRef]) -> bytes:
+        """Return the blob that the chunks make up, verified against the digest of the whole, too.
 
         Raises:
             BadBlob: A chunk is missing, or the whole does not match.
@@ -184,14 +206,14 @@ def _kept(chunk: Chunk) -> Chunk:
         return chunk if view.readonly and view.nbytes >= MIN_FRAGMENT_BYTES else bytes(view)
 
 
-def assemble(ref: BlobRef, content: bytes | bytearray | memoryview) -> Assembly:
+def assemble(ref: A, content: bytes | bytearray | memoryview) -> Assembly[A]:
     """Return the complete assembly of a `content` that is at hand already.
 
     Raises:
         BadBlob: It has another length than `ref` says, or a chunk of it is not that of `ref`.
     """
     if len(content) != ref.size:
-        raise BadBlob(f"{len(content)} bytes where blob {ref.digest.hex()[:12]} has {ref.size}")
+        raise BadBlob(f"{len(content)} bytes where {ref.size} were announced")
     assembly, view = Assembly(ref, max_bytes=ref.size), memoryview(content)
     for index in range(ref.chunk_count):
         assembly.add(index, view[ref.chunk_slice(index)])

@@ -57,11 +57,20 @@ class Envelope(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fiel
 
 @dataclass(frozen=True, slots=True)
 class Opened(Generic[M]):
-    """A verified message, who sent it, what it is bound to, and the bytes it came in (for forwarding as evidence)."""
+    """A verified message.
+
+    Attributes:
+        message: What it says.
+        certificate: Of its sender.
+        context: What it is bound to.
+        body_digest: SHA-256 of its body as it came, 32 bytes: the very same message again has the same.
+        payload: The bytes it came in, for forwarding as evidence.
+    """
 
     message: M
     certificate: Certificate
     context: SignedContext
+    body_digest: bytes
     payload: bytes
 
 
@@ -150,13 +159,15 @@ def open_envelope(envelope: Envelope, certificate: Certificate, payload: bytes =
         MalformedMessage: Sender, fleet or fingerprint are not the certificate's, the role may not send such a message,
             or the body does not parse.
     """
-    context, content = signed_content(envelope, certificate)
+    context, body_digest, content = signed_content(envelope, certificate)
     certificate.verify(envelope.signature, content)
-    return Opened(parse_body(envelope, _BODIES[envelope.name]), certificate, context, payload)
+    return Opened(parse_body(envelope, _BODIES[envelope.name]), certificate, context, body_digest, payload)
 
 
-def signed_content(envelope: Envelope, certificate: Certificate) -> tuple[SignedContext, bytes]:
-    """Return what the signature of `envelope` must be bound to and must be over; the signature is NOT verified.
+def signed_content(envelope: Envelope, certificate: Certificate) -> tuple[SignedContext, bytes, bytes]:
+    """Return what the signature of `envelope` must be bound to, the body's SHA-256, and what it must be over.
+
+    The signature is NOT verified.
 
     For a body that had to be parsed first, to find the certificate that it carries itself.
 
@@ -179,4 +190,4 @@ def signed_content(envelope: Envelope, certificate: Certificate) -> tuple[Signed
         raise MalformedMessage(f"a {certificate.role} may not send {envelope.name}")
     body_digest = hashlib.sha256(envelope.body).digest()
     context = envelope.context
-    return context, signed_bytes(envelope.name, context, envelope.fingerprint, body_digest)
+    return context, body_digest, signed_bytes(envelope.name, context, envelope.fingerprint, body_digest)

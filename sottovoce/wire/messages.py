@@ -11,12 +11,15 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
-from sottovoce.plan import BlobRef, Document
+from sottovoce.errors import BadBlob
+from sottovoce.plan import BlobRef, Cut, Document
 
 Mode: TypeAlias = Literal["active", "curious"]
 Cipher: TypeAlias = Literal["aes-128-ctr", "chacha20"]
 REASON_CODE = re.compile(r"[a-z0-9_]{1,64}")
 """What a `code` or `reason` looks like; whoever writes one of the other side into a log or a file checks it first."""
+CHUNK_TAG_BYTES = 16
+"""Length of the tag of one chunk of a masked vector."""
 
 
 class Message(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -158,16 +161,38 @@ class ShareKeys(Message, frozen=True):
     ciphertexts: tuple[bytes, ...]
 
 
+class TaggedVector(Cut, Document, frozen=True):
+    """Announces a masked vector: how it is cut into chunks, and every chunk's tag (`sottovoce.secagg.uploads`).
+
+    Attributes:
+        size: Bytes in the whole.
+        chunk_bytes: Bytes in every chunk but the last.
+        tags: The chunks' tags one after another, 16 bytes each. Only the device and the coordinator can make or check
+            them; they prove nothing to anybody else.
+
+    Raises:
+        BadBlob: A number is out of range, or there is not one tag for every chunk.
+    """
+
+    size: int
+    chunk_bytes: int
+    tags: bytes
+
+    def __post_init__(self) -> None:
+        if not self.is_possible or len(self.tags) != CHUNK_TAG_BYTES * self.chunk_count:
+            raise BadBlob("a masked vector has an impossible size or chunk size, or not one tag for every chunk")
+
+
 class MaskedInput(Message, frozen=True):
     """The masked vector is ready to be uploaded, chunk by chunk.
 
     Attributes:
-        vector: Digest, size and chunk digests of the masked vector.
+        vector: Sizes of the masked vector and its chunks, and the chunks' tags.
         inclusions: In active mode one token of 16 bytes for every neighbour that this device masked with, in order of
             position: without it, that neighbour will not answer for this device's self seed. Else empty.
     """
 
-    vector: BlobRef
+    vector: TaggedVector
     inclusions: bytes = b""
 
 
@@ -246,9 +271,16 @@ class SecAggParameters(Document, frozen=True):
 
 
 class AdvertiseKeysRequest(Message, frozen=True):
-    """The rendezvous is open: advertise keys for a session with these parameters."""
+    """The rendezvous is open: advertise keys for a session with these parameters.
+
+    Attributes:
+        parameters: Of the session.
+        upload_key: X25519 public key of the coordinator, fresh for this session and in its id, 32 bytes: chunks of
+            masked vectors are tagged with what it and a device's channel key agree on.
+    """
 
     parameters: SecAggParameters
+    upload_key: bytes
 
 
 class Roster(Message, frozen=True):

@@ -28,13 +28,12 @@ from paho.mqtt.subscribeoptions import SubscribeOptions
 from simulation.broker_process import HOST, BrokerProcess, BrokerTls
 from sottovoce.authority import (
     Authority,
-    CertifiedRole,
     create_authority,
-    issued_certificates,
     revoke,
     sign_request,
 )
 from sottovoce.identity import key_to_pem, new_key, subject, write_secret_file
+from sottovoce.issued import CertifiedRole, issued_certificates
 
 TIMEOUT_S = 10.0
 NOT_AUTHORISED = 0x87

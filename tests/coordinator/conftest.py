@@ -26,7 +26,7 @@ from coordinator.sequence import Setup
 from coordinator.service import Service
 from coordinator.settings import UploadSettings
 from coordinator.task import read_task
-from sottovoce.authority import create_authority, sign_request
+from sottovoce.authority import create_authority, revoke, sign_request
 from sottovoce.bundle import FORMAT, Bundle, Port, Result, Role, SelfTest, encode_bundle
 from sottovoce.errors import CryptoError, RemoteProtocolError
 from sottovoce.identity import Identity, SignedContext, TrustAnchor, new_key, signing_request
@@ -102,6 +102,8 @@ class Choir:
     coordinator: Identity
     enrol: Callable[[str, CertifiedRole], Identity]
     devices: dict[str, Identity]
+    revoke: Callable[[str], bytes]
+    """Revokes a device in the CA's list, which `anchor` does not know, and returns that list, PEM."""
 
     def names(self, count: int) -> list[str]:
         """The ids of the first `count` devices, enrolled on first use."""
@@ -129,7 +131,14 @@ def choir(tmp_path_factory: pytest.TempPathFactory) -> Choir:
         return Identity(key, anchor.verify(der, at=AT, role=role))
 
     ca_pem = ca_certificate.public_bytes(Encoding.PEM)
-    return Choir(anchor, ca_pem, enrol(COORDINATOR, "coordinator"), enrol, {})
+    devices: dict[str, Identity] = {}
+
+    def void(name: str) -> bytes:
+        certificate = x509.load_der_x509_certificate(devices[name].certificate.der)
+        revoke(authority, f"{certificate.serial_number:x}", at=before)
+        return authority.revoked_file.read_bytes()
+
+    return Choir(anchor, ca_pem, enrol(COORDINATOR, "coordinator"), enrol, devices, void)
 
 
 def make_plan(*, minimum: int = 3, entries: int = ENTRIES) -> Plan:
@@ -232,6 +241,7 @@ class ScriptedDevice:
                 plan=self.plan.digest,
                 state=self.state,
                 parameters=request.parameters,
+                upload_key=request.upload_key,
                 terms=LENIENT,
                 vector=vector,
                 entropy=entropy,
@@ -370,14 +380,14 @@ def _role(name: str) -> Role:
 
 @pytest.fixture(scope="session")
 def model_bundle() -> bytes:
-    """A bundle that is a model: 2 weights, mean and std for inputs of 3 features. Its flatbuffer is never run."""
+    """A bundle that is a model: 2 weights, mean and variance for inputs of 3 features. Its flatbuffer is never run."""
     initial = {
         "kernel": np.arange(6, dtype=np.float32).reshape(3, 2),
         "mean": np.zeros(3, np.float32),
-        "std": np.ones(3, np.float32),
+        "variance": np.ones(3, np.float32),
         "learning_rate": np.array([0.5], np.float32),
     }
-    types = {"kernel": "float32[3,2]", "mean": "float32[3]", "std": "float32[3]", "learning_rate": "float32[1]"}
+    types = {"kernel": "float32[3,2]", "mean": "float32[3]", "variance": "float32[3]", "learning_rate": "float32[1]"}
     ports = tuple(Port(name=name, type=types[name]) for name in initial)
     bundle = Bundle(
         format=FORMAT,

@@ -9,10 +9,11 @@ import pytest
 from coordinator.aggregation import NoSlot, UploadSlots
 from coordinator.cohort import choose_cohort
 from sottovoce.errors import BadBlob
-from sottovoce.plan import blob_ref
+from sottovoce.secagg.uploads import expect, tag_vector
 
 VECTOR = bytes(range(250))
-REF = blob_ref(VECTOR, chunk_bytes=100)
+KEY = b"k" * 32
+REF = expect(tag_vector(VECTOR, KEY, chunk_bytes=100), KEY)
 CHUNKS = [VECTOR[:100], VECTOR[100:200], VECTOR[200:]]
 
 
@@ -47,7 +48,8 @@ def test_a_vector_comes_out_whole_in_any_order_of_chunks_and_its_slot_is_free() 
     assert (progress.received, progress.complete) == (b"\x05", False)
     upload = slots.add_chunk("a", 1, CHUNKS[1], 3)
     assert upload is not None
-    assert (upload.ref, upload.content()) == (REF, VECTOR)
+    assert upload.ref is REF
+    assert b"".join(upload.chunks()) == VECTOR
     progress = slots.progress("a")
     assert progress is not None
     assert (progress.received, progress.complete) == (b"\x07", True)
@@ -72,7 +74,7 @@ def test_a_chunk_that_does_not_match_is_refused_and_the_right_one_still_fits() -
     for index, content in enumerate(CHUNKS):
         upload = slots.add_chunk("a", index, content, 0)
     assert upload is not None
-    assert upload.content() == VECTOR
+    assert b"".join(upload.chunks()) == VECTOR
 
 
 def test_an_idle_slot_is_taken_back_only_while_others_wait() -> None:

@@ -14,11 +14,12 @@ from coordinator.connection import FleetConnection, Wishes, connect
 from coordinator.journal import Journal
 from coordinator.settings import lock_file
 from coordinator.terms import CohortTerms, Timing
-from sottovoce.errors import ConfigError, RoundAbandoned, TransportError
+from sottovoce.errors import BadBundle, ConfigError, ProgramError, RoundAbandoned, TransportError
 from sottovoce.file_lock import FileLock
 from sottovoce.language.context import current_executor
 from sottovoce.language.fleet_executor import FleetExecutor
 from sottovoce.language.ports import RoundRequest
+from sottovoce.plan import Aggregation, Extraction, Quantised
 from sottovoce.wire.messages import Selected
 
 Ask = Callable[..., RoundRequest]
@@ -210,6 +211,14 @@ def test_an_impossible_request_is_refused_before_it_is_asked(stage: Any, connect
         connected().run(request_of(members=(b"x",)))
     with pytest.raises(ConfigError, match=r"say in `purpose`"):
         connected(purpose=" ").run(request_of())
+    unknown = Aggregation(name="median", tensors=("float32[3]",), encoding=Quantised(half_range=100.0, bits=16))
+    with pytest.raises(BadBundle, match=r"'mean_temperature' sums 'median' .*'moments' computes no such thing"):
+        connected().run(request_of(aggregations=(unknown,)))
+    with pytest.raises(ProgramError, match=r"program 'moments' takes no 'threshold' in its broadcast"):
+        connected().run(request_of(broadcast=21.5))
+    words = Extraction(extractor="text.words/1", column="text", vocabularies=(("no", "yes"),))
+    with pytest.raises(BadBundle, match=r"program 'moments' reads 'x', float32\[\?,3\]; text.words/1 gives word"):
+        connected().run(request_of(extraction=words))
     with Journal(stage.folder / "journal.sqlite") as journal:
         assert journal.tasks() == []
 

@@ -81,7 +81,7 @@ def test_fedavg_adds_the_weighted_mean_times_the_servers_rate(task_folder: Path)
     after = program.broadcast_at(1, advance.state)
     np.testing.assert_allclose(after["kernel"], before["kernel"] + 0.5, rtol=1e-6)
     assert after["kernel"].dtype == np.float32
-    assert list(after) == ["kernel", "mean", "std", "learning_rate"]
+    assert list(after) == ["kernel", "mean", "variance", "learning_rate"]
     assert after["learning_rate"] == np.float32(0.25)
     assert advance.metrics == {"examples": 8.0, "clamped": 0.0, "correct": 0.75}
     assert advance.released == {}
@@ -96,7 +96,7 @@ def test_a_state_that_is_not_finite_is_not_adopted(task_folder: Path) -> None:
         program.apply(0, program.first_state, _sums(delta=np.full((3, 2), 1e39), correct=[0.0]))
 
 
-def test_standardisation_is_a_first_round_that_fills_mean_and_std(task_folder: Path) -> None:
+def test_standardisation_is_a_first_round_that_fills_mean_and_variance(task_folder: Path) -> None:
     program = _program(task_folder, extra=STANDARDISE)
     assert program.length == 3
     moments, training = _plan(task_folder, 0, extra=STANDARDISE), _plan(task_folder, 1, extra=STANDARDISE)
@@ -104,14 +104,14 @@ def test_standardisation_is_a_first_round_that_fills_mean_and_std(task_folder: P
     assert program.broadcast_at(0, program.first_state) == {}
     assert [a.lane for a in moments.aggregations] == ["uint32", "uint64", "uint64"]
     data = np.random.default_rng(1).normal(3, 2, (40, 3))
-    data[:, 2] = 5.0  # never varies: dividing by its std of 0 would ruin everything
+    data[:, 2] = 5.0  # never varies: dividing by its deviation of 0 would ruin everything
     sums = {"count": [40.0], "sum": data.sum(0), "sum_of_squares": (data**2).sum(0)}
     advance = program.apply(0, program.first_state, _sums(**sums))
     model = program.broadcast_at(1, advance.state)
     np.testing.assert_allclose(model["mean"], data.mean(0), rtol=1e-5)
-    np.testing.assert_allclose(model["std"][:2], data.std(0)[:2], rtol=1e-5)
-    assert np.isfinite(model["std"]).all()
-    assert (model["std"] > 0).all()
+    np.testing.assert_allclose(model["variance"][:2], data.var(0)[:2], rtol=1e-5)
+    assert np.isfinite(model["variance"]).all()
+    assert (model["variance"] > 0).all()
     np.testing.assert_array_equal(model["kernel"], np.arange(6, dtype=np.float32).reshape(3, 2))
     trained = program.apply(1, advance.state, _sums(delta=np.full((3, 2), 0.8), correct=[1.0]))
     np.testing.assert_array_equal(program.broadcast_at(2, trained.state)["mean"], model["mean"])

@@ -46,6 +46,7 @@ from sottovoce.wire.messages import (
     Status,
     SurvivorsRequest,
     SurvivorsSignature,
+    TaggedVector,
     Unmasking,
     UnmaskingRequest,
     UploadSlot,
@@ -146,7 +147,7 @@ def _message(b: Any, kind: type[Message]) -> Message:
         Withdraw: Withdraw(code="policy"),
         AdvertiseKeys: AdvertiseKeys(certificate, blank, blank, blank, blank, blank, blank),
         ShareKeys: ShareKeys(blank, ()),
-        MaskedInput: MaskedInput(vector=b.plan.program),
+        MaskedInput: MaskedInput(vector=TaggedVector(size=8, chunk_bytes=8, tags=bytes(16))),
         SurvivorsSignature: SurvivorsSignature(blank),
         Unmasking: Unmasking((), ()),
     }

@@ -12,10 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cryptography import x509
 
 from coordinator.journal import Journal
+from coordinator.revocation import RevocationList
 from sottovoce.errors import LowOrderPoint
-from sottovoce.identity import SignedContext
+from sottovoce.identity import SignedContext, TrustAnchor
 from sottovoce.plan import Plan, digest_of
 from sottovoce.tensors import decode_tensors, encode_tensors
 from sottovoce.transport.memory import MemoryTransport
@@ -120,7 +122,7 @@ bits = 40
     state = decode_tensors(kept[0])
     # Five devices, each with count 4, sum 8 and sum of squares 24: mean 2, variance 6 - 4.
     np.testing.assert_allclose(state["mean"], 2.0, atol=1e-6)
-    np.testing.assert_allclose(state["std"], np.sqrt(2.0), atol=1e-6)
+    np.testing.assert_allclose(state["variance"], 2.0, atol=1e-6)
     released = stage.journal.state_at(2, 1)
     assert released is not None
     assert released[1] is not None
@@ -149,7 +151,7 @@ def test_the_moments_of_a_server_optimizer_outlive_a_crash_and_never_leave_the_s
     stage.run(60, until=stage.done)
     assert [task.status for task in stage.journal.tasks()] == ["done"]
     given, kept = _final_states(stage)
-    assert list(given) == ["kernel", "mean", "std", "learning_rate"]
+    assert list(given) == ["kernel", "mean", "variance", "learning_rate"]
     first, second = np.zeros(()), np.full((), 0.125**2)
     kernel = np.arange(6).reshape(3, 2).astype(np.float64)
     for _ in range(2):  # every device's update is 0.125 everywhere
@@ -442,3 +444,32 @@ def test_the_search_for_single_updates_would_find_one(stage: Any) -> None:
     stage.service._refusals.planted = bytearray(b"--" + PATTERN.tobytes())  # type: ignore[attr-defined]
     reachable = _everything_reachable(stage.service)
     assert any(isinstance(each, bytearray) and PATTERN.tobytes() in each for each in reachable)
+
+
+# --- revoked while it runs --------------------------------------------------------------------------------------------
+
+
+def test_a_list_of_revoked_certificates_is_read_again_when_it_changes(
+    stage: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also one that is copied only by half: it is named once, and the one before stays in force."""
+    caplog.set_level(logging.INFO)
+    authority = x509.load_pem_x509_certificate(stage.choir.authority_pem)
+    path = stage.folder / "revoked.pem"
+    path.write_bytes(stage.choir.revoke(stage.choir.names(6)[-1]))
+    revoked = RevocationList(path, authority)
+    stage.start(anchor=TrustAnchor(authority, revoked_serials=revoked.read()), revoked=revoked)
+    stage.submit("tiny")
+    stage.run(60, until=stage.done)
+    assert len(stage.journal.rounds()[-1].survivors) == 5
+    path.write_bytes(stage.choir.revoke("pi-03"))
+    for damaged in (False, True):
+        if damaged:
+            path.write_bytes(path.read_bytes()[:100])
+        stage.run(5)
+        stage.submit("moments")
+        stage.run(60, until=stage.done)
+        assert stage.journal.rounds()[-1].phase == "committed"
+        assert list(stage.journal.rounds()[-1].survivors) == ["pi-00", "pi-01", "pi-02", "pi-04"]
+    assert "read the new list of revoked certificates (2); out by it: pi-03" in caplog.text
+    assert caplog.text.count("is not a PEM X.509 CRL") == 1

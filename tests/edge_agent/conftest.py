@@ -7,6 +7,7 @@ decision of its own, so a test can stop, repeat or falsify anything.
 from __future__ import annotations
 
 import datetime
+import os
 import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -39,6 +40,7 @@ from sottovoce.plan import (
 )
 from sottovoce.secagg.lanes import Aggregate, decode, layout_of
 from sottovoce.secagg.server import STAGE_NAMES, Reply, ServerSession
+from sottovoce.secagg.uploads import ExpectedVector
 from sottovoce.transport.base import Connected, Delivery
 from sottovoce.transport.memory import MemoryBroker, MemoryTransport
 from sottovoce.wire.chunks import Assembly, Reassembler, decode_vector_chunk, fragments
@@ -100,7 +102,7 @@ class Coordinator:
     chunk_bytes: int = 4096
     round: int = 1
     attempt: int = 0
-    assemblies: dict[str, Assembly] = field(default_factory=dict)
+    assemblies: dict[str, Assembly[ExpectedVector]] = field(default_factory=dict)
     certificates: dict[bytes, Any] = field(default_factory=dict)
     reassemblers: dict[str, Reassembler] = field(default_factory=dict)
     chunks_taken: int = 0
@@ -211,6 +213,7 @@ class Coordinator:
             state=digest_of(self.state_bytes),
             parameters=self.parameters(**changes),
             expected=devices,
+            entropy=os.urandom,
         )
         self.deliver(self.session.outstanding())
 
@@ -276,8 +279,10 @@ class Coordinator:
             return
         self.session.receive(opened)
         if isinstance(message, MaskedInput):
-            assembly = self.assemblies.setdefault(levels[1], Assembly(message.vector))
-            self._answer_upload(levels[1], assembly)
+            expected = self.session.expected_vector(levels[1])
+            if expected is not None:
+                self.assemblies.setdefault(levels[1], Assembly(expected))
+            self._answer_upload(levels[1], self.assemblies[levels[1]])
 
     def _take_chunk(self, device: str, payload: bytes) -> None:
         chunk = decode_vector_chunk(payload)
@@ -290,7 +295,7 @@ class Coordinator:
             self.session.add_vector(device, assembly)
         self._answer_upload(device, assembly)
 
-    def _answer_upload(self, device: str, assembly: Assembly) -> None:
+    def _answer_upload(self, device: str, assembly: Assembly[ExpectedVector]) -> None:
         assert self.session is not None
         slot = UploadSlot(received=assembly.bitmap(), complete=assembly.complete)
         self.send(device, slot, session=self.session.session_id)

@@ -353,7 +353,7 @@ def test_weights_that_are_no_numbers(world: Any) -> None:
     tensors["hidden_kernel"][0, 0] = np.nan
     world.coordinator.state_bytes = encode_tensors(tensors)
     world.enrol("pi-0")
-    assert withdrawn(world) == "program"
+    assert withdrawn(world) == "non_finite"
     assert list(world.homes["pi-0"].pending.iterdir()) == []
 
 

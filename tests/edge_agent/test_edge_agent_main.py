@@ -271,16 +271,16 @@ def test_infer_uses_the_fleets_latest_state(home: Home, tmp_path: Path, capsys: 
     path = examples_file(tmp_path)
     initial = infer(capsys, home, path)
     assert initial["state"] == "the state inside digits.svp"
-    assert np.shape([row["probabilities"] for row in initial["predictions"]]) == (6, 10)
+    assert np.shape([row["prediction"] for row in initial["predictions"]]) == (6, 10)
 
     home.path.mkdir()
     keep_latest(home.path / "latest", digest_of(BUNDLE.read_bytes()), biased_to(4), round=9)
     latest = infer(capsys, home, path)
     assert latest["state"] == "the fleet's state before round 9"
-    assert {int(np.argmax(row["probabilities"])) for row in latest["predictions"]} == {4}
+    assert {int(np.argmax(row["prediction"])) for row in latest["predictions"]} == {4}
     assert infer(capsys, home, path, "--state", "initial") == initial
     assert main(["infer", str(BUNDLE), str(path), "--home", str(home.path)]) == 0
-    assert "0: probabilities largest at 4 (1)" in capsys.readouterr().out
+    assert "0: prediction largest at 4 (1)" in capsys.readouterr().out
 
 
 def test_infer_takes_what_the_coordinator_wrote(home: Home, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -289,7 +289,7 @@ def test_infer_takes_what_the_coordinator_wrote(home: Home, tmp_path: Path, caps
         encode_bundle(msgspec.structs.replace(decode_bundle(BUNDLE.read_bytes()), initial=biased_to(7)))
     )
     predictions = infer(capsys, home, examples_file(tmp_path), bundle=trained)["predictions"]
-    assert {int(np.argmax(row["probabilities"])) for row in predictions} == {7}
+    assert {int(np.argmax(row["prediction"])) for row in predictions} == {7}
 
 
 def test_infer_needs_no_labels(home: Home, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

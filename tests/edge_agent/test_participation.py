@@ -85,6 +85,7 @@ from sottovoce.wire.messages import (
     RoundOver,
     Selected,
     SurvivorsRequest,
+    TaggedVector,
     UnmaskingRequest,
     UploadSlot,
     Withdraw,
@@ -92,6 +93,7 @@ from sottovoce.wire.messages import (
 
 NOW = 1_780_000_000_000
 SESSION = b"s" * 32
+ANNOUNCED = TaggedVector(size=100, chunk_bytes=10, tags=bytes(160))
 STATES = get_args(State)
 EVENTS: dict[type[Event], Event] = {
     BlobFetched: BlobFetched(b"d" * 32),
@@ -152,15 +154,19 @@ class Machine:
             Fetching: lambda: Fetching(round_, frozenset({b"d" * 32})),
             Working: lambda: Working(round_),
             Waiting: lambda: Waiting(round_),
-            Opening: lambda: Opening(round_, self.parameters),
+            Opening: lambda: Opening(round_, self.invitation()),
             Advertised: lambda: Advertised(round_, session, 5),
             Sharing: lambda: Sharing(round_, session, 5, 4),
-            Uploading: lambda: Uploading(spent, session, blob_ref(bytes(100), chunk_bytes=10)),
+            Uploading: lambda: Uploading(spent, session, ANNOUNCED),
             Uploaded: lambda: Uploaded(spent, session),
             AwaitingOutcome: lambda: AwaitingOutcome(self.entry(session=SESSION), NOW + 1_000_000),
         }
         self.participation.state = made[kind]()
         return self.participation.state
+
+    def invitation(self, **changes: Any) -> AdvertiseKeysRequest:
+        """What opens the rendezvous, with other parameters if need be."""
+        return AdvertiseKeysRequest(msgspec.structs.replace(self.parameters, **changes), b"\t" * 32)
 
     def message(self, kind: type[Message]) -> Message:
         made: dict[type[Message], Callable[[], Message]] = {
@@ -168,7 +174,7 @@ class Machine:
             Outcome: lambda: Outcome(b"", b"a" * 32, False, "late", (), self.state_ref, NOW),
             Selected: lambda: Selected("r7", NOW),
             NotSelected: lambda: NotSelected(NOW),
-            AdvertiseKeysRequest: lambda: AdvertiseKeysRequest(self.parameters),
+            AdvertiseKeysRequest: self.invitation,
             Roster: lambda: Roster(bytes(96), 2, 2, ()),
             MaskedInputRequest: lambda: MaskedInputRequest(()),
             UploadSlot: lambda: UploadSlot(bytes(2), False),
@@ -190,7 +196,9 @@ class Machine:
             1,
             SESSION if sessions and not before else bytes(32),
         )
-        return Opened(message, self.certificate, dataclasses.replace(context, **changes), payload)
+        return Opened(
+            message, self.certificate, dataclasses.replace(context, **changes), digest_of(canonical(message)), payload
+        )
 
     def receive(self, message: Message, now: int = NOW, **changes: Any) -> list[Any]:
         return self.participation.receive(self.opened(message, **changes), now)
@@ -384,10 +392,9 @@ def test_a_session_must_keep_what_the_plan_has_promised(machine: Machine) -> Non
     terms = msgspec.structs.replace(machine.plan.privacy, minimum_cohort=8)
     machine.plan = msgspec.structs.replace(machine.plan, privacy=terms)
     machine.put(Waiting)
-    assert sent(machine.receive(AdvertiseKeysRequest(machine.parameters))) == [Withdraw("policy")]
+    assert sent(machine.receive(machine.invitation())) == [Withdraw("policy")]
     machine.put(Waiting)
-    enough = msgspec.structs.replace(machine.parameters, minimum_survivors=8)
-    machine.receive(AdvertiseKeysRequest(enough))
+    machine.receive(machine.invitation(minimum_survivors=8))
     assert isinstance(machine.participation.state, Opening)
 
 
@@ -542,7 +549,7 @@ def test_the_new_client_state_goes_through_the_session_and_is_held_before_the_re
     state = machine.put(Sharing)
     assert isinstance(state, Sharing)
     machine.participation.state = dataclasses.replace(state, client_state=value)
-    state.session.receive = lambda message: MaskedInput(blob_ref(bytes(100)))  # type: ignore[method-assign]  # a fake
+    state.session.receive = lambda message: MaskedInput(ANNOUNCED)  # type: ignore[method-assign]  # a fake
     effects = machine.receive(machine.message(MaskedInputRequest))
     kinds = [type(effect) for effect in effects]
     assert HoldClientState(machine.open_round().id, value) in effects

@@ -349,6 +349,8 @@ def test_a_topic_of_a_real_broker_fills_a_collection(device: Device) -> None:
             )
             device.poll_until(lambda: device.store.count("rooms") == 1)
             for topic, payload in (
+                ("home/attic/temperature", b"20" + bytes(1 << 16)),
+                (f"home/{'a' * 1000}/temperature", b"20"),
                 ("home/attic/temperature", b"unavailable"),
                 ("home/attic/temperature", b"17"),
                 ("zigbee2mqtt/door", b'{"contact": true}'),

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import tensorflow as tf
 
-from models.export import ProgramSource, export
 from models.ops import Tensor
+from models.program_export import ProgramSource, export_program
 from sottovoce.bundle import ClientState, Port, Result, encode_bundle
 from sottovoce.tensors import encode_tensors
 from sottovoce.types import Array
@@ -88,6 +88,6 @@ def _source() -> ProgramSource:
 
 
 if __name__ == "__main__":
-    content = encode_bundle(export(_source()))
+    content = encode_bundle(export_program(_source()))
     TARGET.write_bytes(content)
     print(f"{TARGET.name}: {len(content)} bytes")

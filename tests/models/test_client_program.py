@@ -10,7 +10,7 @@ import tensorflow as tf
 
 import sottovoce as sv
 from sottovoce.bundle import Bundle, decode_bundle, encode_bundle
-from sottovoce.errors import DefinitionError, SelfTestFailed
+from sottovoce.errors import ConfigError, DefinitionError, SelfTestFailed
 from sottovoce.language.lowering import lower
 from sottovoce.runtime import open_program, run_self_test
 from sottovoce.tensors import decode_tensors, encode_tensors
@@ -106,3 +106,78 @@ def test_client_state_has_ports_of_its_own() -> None:
     ]
     zeros = {"client_state_0_0": np.zeros(1, np.float32), "client_state_0_1": np.zeros(2, np.int32)}
     assert kept.initial == encode_tensors(zeros)
+
+
+# --- what is no number ------------------------------------------------------------------------------------------------
+
+shares = sv.tf_computation("float32")(lambda x: 1 / x)
+added = sv.tf_computation("int32", "int32")(lambda total, x: total + x)
+
+
+@sv.federated_computation("float32")
+def whole_share(x: Any) -> Any:
+    return sv.cast("int32")(shares(x))
+
+
+@sv.federated_computation("int32", "float32")
+def count_up(total: Any, x: Any) -> Any:
+    return added(total, whole_share(x))
+
+
+NEWEST: dict[str, Any] = {
+    "symmetric": lambda x: sv.federated_sum(sv.federated_map(shares, x), bound=(-9, 9)),
+    "one-sided": lambda x: sv.federated_sum(sv.federated_map(shares, x), bound=(0, 9)),
+    "weight": lambda x: sv.federated_mean(
+        sv.federated_map(sv.clip(0, 1), x), sv.federated_map(shares, x), bound=(0, 1), weight_cap=5
+    ),
+    "cast": lambda x: sv.federated_sum(sv.federated_map(whole_share, x), bound=(0, 9)),
+    "cast to bool": lambda x: sv.federated_sum(
+        sv.federated_map(sv.cast("int32"), sv.federated_map(sv.cast("bool"), sv.federated_map(shares, x)))
+    ),
+}
+COLLECTED: dict[str, Any] = {
+    "mapped": lambda x: sv.federated_sum(sv.sequence_sum(sv.sequence_map(whole_share, x)), bound=(0, 9)),
+    "reduced": lambda x: sv.federated_sum(sv.sequence_reduce(x, 0, count_up), bound=(0, 9)),
+}
+
+
+def finds_no_number(bundle: Bundle, batches: list[list[float]]) -> bool:
+    """Say whether a device takes no part: a metric or a result is not finite (`edge_agent.work`)."""
+    program = open_program(bundle)
+    state, found = program.begin({}), []
+    for rows in batches:
+        state, metrics = program.step(state, {"x": np.array(rows, np.float32)})
+        found += metrics.values()
+    found += program.finish(state, {}).values()
+    return not all(np.isfinite(value).all() for value in found)
+
+
+@pytest.mark.parametrize("kind", NEWEST)
+def test_nan_and_infinity_are_not_summed_under_any_bound(kind: str) -> None:
+    bundle = bundle_of(NEWEST[kind], "{float32}@CLIENTS")
+    meant = sv.federated_computation("{float32}@CLIENTS")(NEWEST[kind])
+    for example, wrong in ((4.0, False), (1e-30, False), (0.0, True), (-0.0, True), (np.nan, True)):
+        assert finds_no_number(bundle, [[example]]) is wrong, example
+        if wrong:
+            with pytest.raises(ConfigError, match=r"takes no part|weights are finite"):
+                meant([4.0, example])
+        else:
+            meant([4.0, example])
+
+
+@pytest.mark.parametrize("kind", COLLECTED)
+def test_a_cast_of_what_is_no_number_is_noticed_in_every_batch(kind: str) -> None:
+    bundle = bundle_of(COLLECTED[kind], "{float32*}@CLIENTS")
+    meant = sv.federated_computation("{float32*}@CLIENTS")(COLLECTED[kind])
+    assert not finds_no_number(bundle, [[0.5, 4.0], [1.0, 1e-30]])
+    assert finds_no_number(bundle, [[1.0, 0.0], [1.0]])
+    assert finds_no_number(bundle, [[1.0], [2.0, 2.0], [np.nan]])
+    with pytest.raises(ConfigError, match=r"takes no part; guard what makes it, as by tf.math.divide_no_nan"):
+        meant([[1.0, 0.0], [1.0]])
+
+
+def test_without_such_casts_a_program_has_no_further_output(newest: Bundle) -> None:
+    assert [result.name for result in newest.results] == ["sum"]
+    whole = bundle_of(COLLECTED["reduced"], "{float32*}@CLIENTS")
+    assert [port.name for port in whole.metrics] == ["casts_in_step"]
+    assert [result.name for result in whole.results] == ["sum"]

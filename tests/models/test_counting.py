@@ -9,7 +9,7 @@ import pytest
 
 import sottovoce
 from models.counting import counting_programs
-from models.export import ProgramSource, export
+from models.program_export import ProgramSource, export_program
 from sottovoce.bundle import decode_bundle, encode_bundle
 from sottovoce.language.counting import START, Family, counting_program
 from sottovoce.runtime import open_program
@@ -42,7 +42,7 @@ def test_every_committed_program_has_a_source_and_none_is_missing() -> None:
 def test_what_is_committed_is_what_the_source_gives(name: str) -> None:
     source = next(source for source in counting_programs() if source.name == name)
     assert isinstance(source, ProgramSource)
-    assert encode_bundle(export(source)) == (FOLDER / f"{name}.svp").read_bytes()
+    assert encode_bundle(export_program(source)) == (FOLDER / f"{name}.svp").read_bytes()
 
 
 def test_words_are_counted_over_batches_and_strangers_left_out() -> None:

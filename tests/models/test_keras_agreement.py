@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from models.export import DELTA
-from models.keras_export import export, random_batches
+from models.export import bundle_of, random_batches, source_of
 from models.keras_reference import borrowed, reference_of
 from models.keras_training import training_of
+from models.program_export import DELTA
 from sottovoce.runtime import open_program
 from sottovoce.tensors import decode_tensors
 
@@ -62,7 +62,7 @@ def disagreement(
     """Return the largest difference of a weight or an output between LiteRT and Keras after the steps."""
     settings = {"loss": loss, "optimizer": optimizer or keras.optimizers.SGD(0.05), "proximal": proximal}
     training = training_of(model, **settings)
-    program = open_program(bundle := export(model, **settings))
+    program = open_program(bundle := bundle_of(source_of(training, model.name, "")))
     broadcast = decode_tensors(bundle.initial)
     batches = random_batches(bundle.batch, "agreement", SIZES)
     expected = reference_of(training, broadcast, batches)
@@ -157,6 +157,12 @@ SLOW = {
     "simple_rnn": Case((5, 4), lambda: [layers.SimpleRNN(3, go_backwards=True)], tolerance=5e-5),
     "bidirectional": Case((5, 4), lambda: [layers.Bidirectional(layers.GRU(3, return_sequences=True))], tolerance=5e-5),
     "dropout_2d": Case((6, 5, 2), lambda: [layers.Conv2D(3, 2), layers.SpatialDropout2D(0.4), layers.Dropout(0.2)]),
+    "softmax_over_places": Case((5, 4), lambda: [layers.Dense(3), layers.Softmax(axis=1)]),
+    "adaptive_pooling": Case((7, 4), lambda: [layers.Conv1D(3, 2), layers.AdaptiveAveragePooling1D(4)]),
+    "einsum_of_any_rank": Case((5, 4), lambda: [layers.Dense(3), layers.EinsumDense("...x,xy->...y", 5)]),
+    "own_function": Case(
+        (6,), lambda: [layers.Dense(4), layers.Lambda(tf.function(lambda x: keras.ops.power(keras.ops.exp(x), x)))]
+    ),
     "shapes": Case(
         (4, 6),
         lambda: [

@@ -129,7 +129,7 @@ def test_a_saved_model_brings_its_loss_and_optimizer(tmp_path: Path, capsys: pyt
         ("{source}:layers", "not a Keras model"),
         ("{source}:bad", "replace UpSampling2D"),
         ("{source}:good", "name its loss"),
-        ("{source}:contrast", "layer 'contrast' (Lambda) only infers on a device: AdjustContrastv2"),
+        ("{source}:contrast", "layer 'contrast' (Lambda) cannot run on a device: AdjustContrastv2"),
         ("{source}:loop", "replace the loop by a recurrent layer"),
         ("{source}:host", "my_models.py, line 27: AttributeError"),
         ("{source}:mean", "layer 'mean' gives the model's output the shape ()"),

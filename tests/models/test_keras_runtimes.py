@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from models.keras_export import export, random_batches
+from models.export import export, random_batches
 from models.keras_reference import reference_of
 from models.keras_training import training_of
 from models.zoo.har_gru import har_gru

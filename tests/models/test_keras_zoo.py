@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from models.keras_export import export
+from models.export import export
 from models.lint import lint
 from models.zoo.character_lstm import character_lstm
 from models.zoo.har_gru import har_gru

@@ -3,40 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import tensorflow as tf
 
-from models.export import Model, Tensors
-from models.ops import Operations, Plain, Tensor
 from models.personalised import export_personalised
 from models.scaffold import export_scaffold
-from models.zoo.layers import dense_weights
 from sottovoce.bundle import NEXT, Bundle
 from sottovoce.errors import BadBundle, SelfTestFailed
 from sottovoce.runtime import open_program
 from sottovoce.tensors import decode_tensors
 from sottovoce.types import Array
 
+keras, layers = tf.keras, tf.keras.layers
+WEIGHTS = {"output_kernel": (4, 3), "output_bias": (3,)}
+LOSS = "sparse_categorical_crossentropy"
 
-def _forward(operations: Operations, weights: Tensors, constants: Tensors, x: Tensor) -> Tensor:
-    return operations.dense(x * constants["gain"], weights["output_kernel"], weights["output_bias"])
+
+def tiny(*before: Any) -> Any:
+    """Return one layer, after others that are given."""
+    output = layers.Dense(3, kernel_initializer=keras.initializers.GlorotUniform(seed=7), name="output")
+    return keras.Sequential([keras.Input((4,)), *before, output, layers.Softmax()], name="tiny")
 
 
-def tiny(forward: Callable[..., Tensor] = _forward) -> Model:
-    return Model(
-        name="tiny",
-        description="One layer.",
-        features="float32[?,4]",
-        feature_range=(-1.0, 1.0),
-        classes=3,
-        weights=dense_weights("output", np.random.default_rng(7), inputs=4, outputs=3),
-        learning_rate=0.5,
-        forward=forward,
-        constants={"gain": np.ones(1, np.float32)},
-        test_constants={"gain": np.full(1, 1.5, np.float32)},
-    )
+def sgd(**options: Any) -> Any:
+    return keras.optimizers.SGD(0.5, **options)
+
+
+class Inconstant(tf.keras.layers.Layer):  # type: ignore[misc]
+    """Computes something else when a graph is made of it."""
+
+    def call(self, x: Any) -> Any:
+        return x if tf.executing_eagerly() else x * 1.05
 
 
 def batch(size: int) -> dict[str, Array]:
@@ -46,18 +46,19 @@ def batch(size: int) -> dict[str, Array]:
 
 @pytest.fixture(scope="module")
 def scaffold() -> Bundle:
-    return export_scaffold(tiny())
+    return export_scaffold(tiny(layers.Normalization()), loss=LOSS, optimizer=sgd())
 
 
 @pytest.fixture(scope="module")
 def personalised() -> Bundle:
-    return export_personalised(tiny(), steps=2)
+    return export_personalised(tiny(), loss=LOSS, optimizer=sgd(), steps=2)
 
 
 def test_scaffold_has_its_ports_and_a_slot(scaffold: Bundle) -> None:
     assert set(scaffold.roles) == {"begin", "step", "finish", "infer", "evaluate"}
     assert [port.name for port in scaffold.broadcast] == [
-        "output_kernel", "output_bias", "gain", "learning_rate", "control_output_kernel", "control_output_bias",
+        "output_kernel", "output_bias", "mean", "variance", "learning_rate",
+        "control_output_kernel", "control_output_bias",
     ]  # fmt: skip
     assert [result.name for result in scaffold.results] == ["delta", "control_delta"]
     assert [result.updates for result in scaffold.results] == [("output_kernel", "output_bias"), ()]
@@ -86,13 +87,13 @@ def test_the_next_control_is_that_of_option_ii(scaffold: Bundle) -> None:
     own = {
         port.name: random.normal(size=port.tensor_type.shape).astype(np.float32) for port in scaffold.client_state_ports
     }
-    drawn = {f"control_{name}": random.normal(size=v.shape).astype(np.float32) for name, v in tiny().weights.items()}
+    drawn = {f"control_{name}": random.normal(size=shape).astype(np.float32) for name, shape in WEIGHTS.items()}
     broadcast = {**decode_tensors(scaffold.initial), **drawn}
     state = program.begin(broadcast, own)
     for size in (3, 5):
         state, _ = program.step(state, batch(size))
     finished = program.finish(state, broadcast)
-    for name in tiny().weights:
+    for name in WEIGHTS:
         delta, control, before = finished[f"delta_{name}"], drawn[f"control_{name}"], own[f"own_control_{name}"]
         expected = before - control - delta / (2 * 0.5)
         np.testing.assert_allclose(finished[f"{NEXT}own_control_{name}"], expected, atol=1e-5)
@@ -128,18 +129,39 @@ def test_batches_do_not_see_one_another(personalised: Bundle) -> None:
 
 
 @pytest.mark.parametrize("make", [export_scaffold, export_personalised])
-def test_a_program_that_disagrees_with_tensorflow_is_refused(make: Callable[[Model], Bundle]) -> None:
-    def forward(operations: Operations, weights: Tensors, constants: Tensors, x: Tensor) -> Tensor:
-        logits = _forward(operations, weights, constants, x)
-        return logits if isinstance(operations, Plain) else logits * 1.05
-
+def test_a_program_that_disagrees_with_keras_is_refused(make: Callable[..., Bundle]) -> None:
     with pytest.raises(SelfTestFailed):
-        make(tiny(forward))
+        make(tiny(Inconstant()), loss=LOSS, optimizer=sgd())
 
 
-def test_a_gradient_that_tflite_does_not_have_is_refused() -> None:
-    def forward(operations: Operations, weights: Tensors, constants: Tensors, x: Tensor) -> Tensor:
-        return tf.nn.elu(_forward(operations, weights, constants, x))
+@pytest.mark.parametrize("make", [export_scaffold, export_personalised])
+def test_a_layer_that_devices_do_not_have_is_named(make: Callable[..., Bundle]) -> None:
+    with pytest.raises(BadBundle, match=r"layer 'odd'.*Erfinv"):
+        make(tiny(layers.Lambda(lambda x: tf.math.erfinv(x / 10.0), name="odd")), loss=LOSS, optimizer=sgd())
 
-    with pytest.raises(BadBundle, match="tiny_personalised, step: TFLite has no built-in for this"):
-        export_personalised(tiny(forward))
+
+@pytest.mark.parametrize(
+    ("model", "optimizer", "text"),
+    [
+        (tiny(), sgd(momentum=0.9), "SCAFFOLD corrects the steps of plain SGD"),
+        (tiny(), keras.optimizers.Adam(), "SCAFFOLD corrects the steps of plain SGD"),
+        (tiny(layers.BatchNormalization(name="batch")), sgd(), "no control for the moving statistics batch_"),
+    ],
+)
+def test_scaffold_refuses_what_has_no_control(model: Any, optimizer: Any, text: str) -> None:
+    with pytest.raises(BadBundle, match=text):
+        export_scaffold(model, loss=LOSS, optimizer=optimizer)
+
+
+def test_a_trial_needs_right_answers_to_count() -> None:
+    with pytest.raises(BadBundle, match="personalised evaluation counts right answers"):
+        export_personalised(tiny(), loss="categorical_crossentropy", optimizer=sgd())
+
+
+def test_a_model_with_statistics_and_masks_is_tuned_by_its_own_optimizer() -> None:
+    # The exporter holds every number of it against Keras, tuned on the support and scored on the queries.
+    body = (layers.Dense(6, activation="tanh"), layers.BatchNormalization(), layers.Dropout(0.3))
+    bundle = export_personalised(tiny(*body), loss=LOSS, optimizer=keras.optimizers.Adam(0.05), steps=3)
+    program, broadcast = open_program(bundle), decode_tensors(bundle.initial)
+    found = program.finish(program.step(program.begin(broadcast), batch(8))[0], broadcast)
+    assert found["after_loss"] != found["before_loss"]

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from models.export import export
+from models.program_export import export_program
 from models.zoo.moments import moments
 from sottovoce.bundle import Bundle, read_bundle
 from sottovoce.runtime import open_program
@@ -41,7 +41,7 @@ def test_the_sums_of_a_persons_windows_are_those_of_float64(mean: float) -> None
 
 def test_the_error_does_not_grow_with_the_number_of_batches() -> None:
     x = np.full((20_000, 1), 0.1, np.float32)
-    bundle = export(moments("moments_one", shape=(1,)))
+    bundle = export_program(moments("moments_one", shape=(1,)))
     assert_exact(moments_of(bundle, x, batch_size=1), x, tolerance=1e-7)
     # Added up plainly, the same numbers lose a thousand times as much: the compensation does the work.
     plain = np.float32(0)
@@ -52,7 +52,7 @@ def test_the_error_does_not_grow_with_the_number_of_batches() -> None:
 
 @pytest.mark.parametrize("shape", [(4,), (2, 3, 5)])
 def test_examples_of_any_shape_have_their_features_last(shape: tuple[int, ...]) -> None:
-    bundle = export(moments("moments_any", shape=shape))
+    bundle = export_program(moments("moments_any", shape=shape))
     assert set(bundle.roles) == {"begin", "step", "finish"}
     assert [(r.name, r.ports[0].type) for r in bundle.results] == [
         ("count", "int32[1]"),

@@ -38,22 +38,26 @@ def test_a_comparison_trains_on_both_sides() -> None:
     assert (line.model, line.parameters, line.batch_size) == ("small", 15, 3)
     assert line.device.median_ms > 0
     assert line.tensorflow.median_ms > 0
+    assert line.xla.median_ms > 0
     assert np.abs(model.get_weights()[0] - before).max() > 0
 
 
-def test_tensorflow_s_step_is_that_of_keras() -> None:
+@pytest.mark.parametrize("xla", [False, True])
+def test_tensorflow_s_step_is_that_of_keras(xla: bool) -> None:
     ours, theirs = _model(), _model()
     x, y = np.ones((3, 4), np.float32), np.array([0, 1, 1], np.int32)
-    loss = keras_step(ours, [x], [y])()
+    loss = keras_step(ours, [x], [y], xla=xla)()
     assert float(loss) == pytest.approx(float(theirs.train_on_batch(x, y)), rel=1e-6)
     for mine, other in zip(ours.get_weights(), theirs.get_weights(), strict=True):
         np.testing.assert_allclose(mine, other, atol=1e-7)
 
 
-def test_the_table_shows_the_ratio_of_the_medians() -> None:
-    line = Comparison("two_nn", 199_210, 10, Timing(1.0, 0.5), Timing(4.0, 3.0))
+@pytest.mark.parametrize(("tensorflow", "xla"), [(4.0, 5.0), (5.0, 4.0)])
+def test_the_table_shows_the_ratio_to_the_faster_form(tensorflow: float, xla: float) -> None:
+    line = Comparison("two_nn", 199_210, 10, Timing(1.0, 0.5), Timing(tensorflow, 3.0), Timing(xla, 2.0))
     assert line.ratio == 0.25
-    assert table([line])[1].split() == ["two_nn", "199,210", "10", "1.00", "(0.50)", "4.00", "(3.00)", "0.25"]
+    shown = ["1.00", "(0.50)", f"{tensorflow:.2f}", "(3.00)", f"{xla:.2f}", "(2.00)", "0.25"]
+    assert table([line])[1].split() == ["two_nn", "199,210", "10", *shown]
 
 
 def test_the_command_prints_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,7 +65,9 @@ def test_the_command_prints_json(capsys: pytest.CaptureFixture[str], monkeypatch
     assert main(["small", "--json", "--repeats", "2", "--batch-size", "2"]) == 0
     (found,) = json.loads(capsys.readouterr().out)
     assert found["model"] == "small"
-    assert found["ratio"] == found["device"]["median_ms"] / found["tensorflow"]["median_ms"]
+    assert found["ratio"] == found["device"]["median_ms"] / min(
+        found["tensorflow"]["median_ms"], found["xla"]["median_ms"]
+    )
 
 
 @pytest.mark.parametrize("arguments", [["no_such_model"], ["--repeats", "0"]])

@@ -104,6 +104,27 @@ def test_client_state_of_an_abandoned_round_is_dropped() -> None:
         assert count_visits(sv.latest("temperature")) == 4
 
 
+@sv.tf_computation("float32")
+def inverse(reading):  # type: ignore[no-untyped-def]
+    return 1 / reading
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_device_that_finds_no_number_takes_no_part_and_says_why(whole: bool) -> None:
+    """Whatever the bound, and although a cast to whole numbers leaves no NaN behind."""
+
+    @sv.federated_computation("{float32}@CLIENTS")
+    def inverses(readings):  # type: ignore[no-untyped-def]
+        found = sv.federated_map(inverse, readings)
+        return sv.federated_sum(sv.federated_map(sv.cast("int32"), found) if whole else found, bound=(0, 9))
+
+    readings = [[0.5], [1.0], [0.25], [0.0], [-0.5]]
+    with simulation.fleet(5, collections={"numbers": readings}, minimum=3) as made:
+        assert inverses(sv.latest("numbers")) == pytest.approx(2 + 1 + 4, abs=1e-3)
+        told = {fields["device"]: fields["code"] for name, fields in made.events if name == "withdrew"}
+        assert told == {made.devices[3]: "non_finite"}
+
+
 @sv.federated_computation("{float32}@CLIENTS")
 def mean_temperature(readings):  # type: ignore[no-untyped-def]
     """The mean temperature of all rooms."""

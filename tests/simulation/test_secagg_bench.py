@@ -77,6 +77,7 @@ def test_too_many_dropouts_are_reported_with_their_reason() -> None:
     figures = measure(options(dropout=0.5))
     assert (figures.exact, figures.survivors) == (False, 0)
     assert figures.abandoned.startswith("too_few_devices")
+    assert figures.client_over_floor == figures.server_over_floor == 0
 
 
 def test_bytes_are_those_that_a_device_sends() -> None:
@@ -95,8 +96,13 @@ def test_figures_are_medians_per_device_and_sums_for_the_server() -> None:
     measured.client[ENCODING].append({ENCODING: 5.0})
     measured.server["share_keys"].update({SESSION: 0.25, SIGNATURES: 0.5})
     measured.closing["share_keys"] = 0.125
+    measured.primitives = {"agreements": 1e-5, "streams": 2e-5, "additions": 1e-6, "tags": 0.0}
     figures = figures_of(options(dimension=100, bits=8), measured, cold_chain_s=0.0001)
     assert (figures.client_session_ms, figures.client_identities_ms) == (2.0, 1.0)
+    assert figures.primitives_us["streams"] == pytest.approx(20)
+    assert figures.client_floor_ms == pytest.approx(21 * 0.01 + 11 * 0.021)
+    assert figures.client_over_floor == pytest.approx(2.0 / figures.client_floor_ms)
+    assert figures.server_over_floor == pytest.approx(0.375 / figures.server_floor_s)
     assert figures.client_cold_chains_ms == pytest.approx(1.0)
     assert (figures.server_session_s, figures.server_identities_s) == (0.375, 0.5)
     assert (figures.expansion_float32, figures.expansion_input, figures.expansion_both_ways) == (2.5, 10.0, 11.0)
@@ -131,6 +137,8 @@ def test_the_command_prints_a_table_and_writes_every_figure(tmp_path: Path, caps
     assert main(arguments) == 0
     printed = capsys.readouterr().out
     assert "the sum is exact" in printed
+    assert "total over floor" in printed
+    assert "X25519" in printed
     assert "k = 9, t = 5" in printed
     document = json.loads(file.read_text(encoding="utf-8"))
     assert document["options"]["assumed_dropout"] == 0.1

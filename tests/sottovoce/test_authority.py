@@ -14,7 +14,6 @@ from cryptography.x509.oid import NameOID
 from sottovoce.authority import (
     Authority,
     create_authority,
-    issued_certificates,
     open_authority,
     revoke,
     sign_request,
@@ -30,6 +29,7 @@ from sottovoce.identity import (
     signing_request,
     subject,
 )
+from sottovoce.issued import issued_certificates
 
 NOW = datetime.datetime.now(datetime.UTC).replace(microsecond=0)
 """OpenSSL judges by the machine's clock, so the certificates of these tests are made for today."""

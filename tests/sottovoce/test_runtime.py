@@ -105,7 +105,7 @@ def test_infer_and_evaluate_are_those_of_numpy(program: Program, broadcast: Arra
     by_hand = NumpyPerceptron(broadcast)
     loss, correct = by_hand.scores(batch)
     predictions = program.infer(broadcast, {"x": batch["x"]})
-    np.testing.assert_allclose(predictions["probabilities"], by_hand.forward(batch["x"])[1], atol=1e-6)
+    np.testing.assert_allclose(predictions["prediction"], by_hand.forward(batch["x"])[1], atol=1e-6)
     sums = program.evaluate(broadcast, batch)
     np.testing.assert_allclose(
         [sums["loss"][0], sums["correct"][0], sums["examples"][0]], [loss, correct, 21], rtol=1e-5
@@ -220,11 +220,11 @@ def test_a_self_test_must_expect_every_result(digits: Bundle, program: Program) 
 
 
 def test_a_trained_bundle_keeps_its_self_test(digits: Bundle, broadcast: Arrays) -> None:
-    trained = with_initial(digits, {"hidden_bias": np.full(64, 0.5, np.float32)})
+    trained = with_initial(digits, {"hidden_kernel": np.full((64, 64), 0.01, np.float32)})
     run_self_test(trained, open_program(trained))
     again = with_initial(trained, {"output_bias": np.ones(10, np.float32)})
     run_self_test(again, open_program(again))
-    assert decode_tensors(again.initial)["hidden_bias"][0] == 0.5
+    assert decode_tensors(again.initial)["hidden_kernel"][0, 0] == np.float32(0.01)
     forgotten = msgspec.structs.replace(digits, initial=trained.initial)
     with pytest.raises(SelfTestFailed):
         run_self_test(forgotten, open_program(forgotten))

@@ -284,6 +284,7 @@ class Agreement:
     plan: bytes
     state: bytes
     parameters: Parameters
+    upload_key: bytes
 
     def context(self, sender: str, *, session: bytes = NO_SESSION) -> Context:
         return Context(sender, self.coordinator, self.fleet, self.round, self.attempt, session)
@@ -304,6 +305,7 @@ def session_id(agreement: Agreement, *, n: int, k: int, t: int, root: bytes) -> 
         agreement.plan,
         agreement.state,
         agreement.parameters_digest,
+        agreement.upload_key,
         u32(n, k, t),
         root,
     )
@@ -311,6 +313,15 @@ def session_id(agreement: Agreement, *, n: int, k: int, t: int, root: bytes) -> 
 
 def public_key(secret: bytes) -> bytes:
     return X25519PrivateKey.from_private_bytes(secret).public_key().public_bytes_raw()
+
+
+def is_low_order(public: bytes) -> bool:
+    """Whether everybody has the same secret with the holder of this key: all zeros."""
+    try:
+        agreed(bytes(range(32)), public)
+    except ValueError:
+        return True
+    return False
 
 
 def agreed(secret: bytes, public: bytes) -> bytes:
@@ -324,6 +335,11 @@ def share_channel_key(secret: bytes, sender: str, recipient: str, *, session: by
 def inclusion_token(secret: bytes, sender: str, recipient: str, *, session: bytes) -> bytes:
     """By this `sender` tells `recipient` that it masked with it."""
     return derived(secret, "sv1/inclusion", sender, recipient, session=session, length=16)
+
+
+def upload_key(secret: bytes, device: str, *, session: bytes) -> bytes:
+    """What tags the chunks of the masked vector of `device`."""
+    return derived(secret, "sv1/upload", device, "chacha20-poly1305", session=session, length=32)
 
 
 def encrypt(key: bytes, shares: bytes, *, session: bytes) -> bytes:
@@ -373,16 +389,11 @@ def combined(parameters: Parameters, vector: bytes, other: bytes, sign_: int) ->
     return result
 
 
-def reference(content: bytes, chunk_bytes: int) -> dict[str, Any]:
-    """The document that names a blob or a vector: its digest, size, and the digests of its chunks."""
-    chunks = [content[at : at + chunk_bytes] for at in range(0, max(len(content), 1), chunk_bytes)]
-    return {
-        "digest": sha256(content),
-        "size": len(content),
-        "chunk_bytes": chunk_bytes,
-        "chunk_digests": b"".join(map(sha256, chunks)),
-        "sources": ["mqtt:"],
-    }
+def tagged(vector: bytes, chunk_bytes: int, key: bytes) -> dict[str, Any]:
+    """The document that announces a masked vector: its size, and the tags of its chunks."""
+    chunks = [vector[at : at + chunk_bytes] for at in range(0, len(vector), chunk_bytes)]
+    tags = [ChaCha20Poly1305(key).encrypt(u32(index, 0, 0), b"", chunk) for index, chunk in enumerate(chunks)]
+    return {"size": len(vector), "chunk_bytes": chunk_bytes, "tags": b"".join(tags)}
 
 
 # --- 5 shares ---------------------------------------------------------------------------------------------------------

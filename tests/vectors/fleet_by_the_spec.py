@@ -69,6 +69,8 @@ def signer(name: str, role: str = "device", **changes: Any) -> Signer:
 
 
 CONDUCTOR = signer(COORDINATOR, "coordinator")
+UPLOAD_SECRET = spec.sha256(b"upload key")
+"""The coordinator's X25519 private key, in every session of the vectors: real ones have a fresh one each."""
 
 
 def parameters(**changes: Any) -> dict[str, Any]:
@@ -87,7 +89,9 @@ def parameters(**changes: Any) -> dict[str, Any]:
 
 
 def agreement(**changes: Any) -> Agreement:
-    return Agreement(FLEET, COORDINATOR, 7, 1, b"p" * 32, b"s" * 32, parameters(**changes))
+    return Agreement(
+        FLEET, COORDINATOR, 7, 1, b"p" * 32, b"s" * 32, parameters(**changes), spec.public_key(UPLOAD_SECRET)
+    )
 
 
 @dataclass
@@ -191,7 +195,7 @@ class _Conductor:
 
     def advertise(self) -> str | None:
         names = [device.signer.name for device in self.transcript.devices]
-        request = ("AdvertiseKeysRequest", [dict(self.agreed.parameters)])
+        request = ("AdvertiseKeysRequest", [dict(self.agreed.parameters), self.agreed.upload_key])
         answers = self.ask("advertise_keys", dict.fromkeys(names, request), spec.NO_SESSION)
         self.n = len(answers)
         if self.n < spec.members_needed(self.n, self.agreed.parameters):

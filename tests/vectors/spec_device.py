@@ -53,6 +53,8 @@ class SpecDevice:
 
     def advertise(self) -> bytes:
         """Stage 1."""
+        if spec.is_low_order(self.agreement.upload_key):
+            raise Refused("a coordinator's key of low order")
         self.channel, self.mask, self.nonce = self.entropy(32), self.entropy(32), self.entropy(32)
         agreement = self.agreement
         digests = [agreement.plan, agreement.state, agreement.parameters_digest]
@@ -129,7 +131,11 @@ class SpecDevice:
         self.vector = spec.packed_vector(parameters, self.vector)
         active = parameters["mode"] == "active"
         tokens = [self._token(position, outgoing=True) for position in self.held] if active else []
-        return [spec.reference(self.vector, self.chunk_bytes), b"".join(tokens)]
+        return [spec.tagged(self.vector, self.chunk_bytes, self.upload_key()), b"".join(tokens)]
+
+    def upload_key(self) -> bytes:
+        secret = spec.agreed(self.channel, self.agreement.upload_key)
+        return spec.upload_key(secret, self.signer.name, session=self.session)
 
     def sign_survivors(self, survivors: list[int]) -> Fields:
         """Stage 5."""

@@ -9,7 +9,7 @@ from typing import Any
 import by_the_spec as spec
 import msgspec
 from by_the_spec import Fields
-from fleet_by_the_spec import AUTHORITY, CONDUCTOR, COORDINATOR, FLEET, Transcript, play, signer
+from fleet_by_the_spec import AUTHORITY, CONDUCTOR, COORDINATOR, FLEET, UPLOAD_SECRET, Transcript, play, signer
 from spec_device import SpecDevice
 from vector import Vector, plain
 
@@ -52,7 +52,7 @@ def transcripts() -> dict[str, dict[str, Any]]:
 
 def _transcript(transcript: Transcript) -> dict[str, Any]:
     agreed = transcript.agreement
-    names = ("fleet", "coordinator", "round", "attempt", "plan", "state", "parameters")
+    names = ("fleet", "coordinator", "round", "attempt", "plan", "state", "parameters", "upload_key")
     outcome: dict[str, Any] = {"sum": transcript.total, "survivors": transcript.survivors}
     if transcript.abandoned is not None:
         outcome = dict(zip(("stage", "abandoned"), transcript.abandoned, strict=True))
@@ -65,6 +65,7 @@ def _transcript(transcript: Transcript) -> dict[str, Any]:
         "parameters_digest": agreed.parameters_digest,
         "authority": AUTHORITY,
         "coordinator_certificate": CONDUCTOR.certificate,
+        "upload_secret": UPLOAD_SECRET,
         "chunk_bytes": 16,
         "roster": {"n": n, "k": n - 1, "t": spec.threshold(n, agreed.parameters), "root": transcript.root},
         "session": next((device.session for device in transcript.devices if device.position >= 0), spec.NO_SESSION),
@@ -137,6 +138,7 @@ def _of_masks(transcript: Transcript, device: SpecDevice) -> dict[str, Any]:
     return {
         "self_mask": {"key": own, "first_words": spec.stream(cipher, own, 16)},
         "pairwise_masks": pairs,
+        "upload": {"agreed": spec.agreed(device.channel, transcript.agreement.upload_key), "key": device.upload_key()},
         "masked_vector": device.vector,
     }
 
@@ -146,6 +148,7 @@ def _of_masks(transcript: Transcript, device: SpecDevice) -> dict[str, Any]:
 
 def device_refusals() -> Iterator[Vector]:
     yield from _terms()
+    yield from _invitations()
     for comment, change, error, flag in _rosters():
         yield _to_device("curious-3", "share_keys", "Roster", comment, change, error, flag)
     for comment, change, error, flag in _maskings():
@@ -223,6 +226,18 @@ def _terms() -> Iterator[Vector]:
             "terms": terms,
         }  # fmt: skip
         yield Vector("device", comment, inputs, error="PolicyRefusal", flags=("Terms",))
+
+
+def _invitations() -> Iterator[Vector]:
+    """The coordinator's own key, against which a device looks before it makes any."""
+    device = {"transcript": "transcript-active-5", "device": _victim("active-5").signer.name}
+    for comment, key, error in (
+        ("a coordinator's key of zeros", bytes(32), "LowOrderPoint"),
+        ("a coordinator's key of low order", b"\1" + bytes(31), "LowOrderPoint"),
+        ("a coordinator's key of low order, with the top bit", b"\1" + bytes(30) + b"\x80", "LowOrderPoint"),
+        ("a coordinator's key of 31 bytes", bytes(31), "CryptoError"),
+    ):
+        yield Vector("device_invited", comment, device | {"upload_key": key}, error=error, flags=("UploadKey",))
 
 
 Row = tuple[str, Change, str, str]
@@ -500,7 +515,7 @@ def _answers() -> Iterator[tuple[str, str, str, Change, str]]:
     yield "share_keys", "ShareKeys", "a ciphertext missing", lambda f: [f[0], f[1][1:]], malformed
     yield "share_keys", "ShareKeys", "a ciphertext too many", lambda f: [f[0], [*f[1], f[1][0]]], malformed
     yield "share_keys", "ShareKeys", "a short ciphertext", lambda f: [f[0], [f[1][0][1:], *f[1][1:]]], malformed
-    short = spec.reference(bytes(32), 16)
+    short = spec.tagged(bytes(32), 16, bytes(32))
     yield "masked_input", "MaskedInput", "a vector of another length", _with(0, short), malformed
     yield "masked_input", "MaskedInput", "a token missing", lambda f: [f[0], f[1][16:]], malformed
     yield "masked_input", "MaskedInput", "no tokens", _with(1, b""), malformed

@@ -62,7 +62,7 @@ def hash_vectors() -> Iterator[Vector]:
 
 
 def _agreement_of(agreed: spec.Agreement) -> dict[str, Any]:
-    names = ("fleet", "coordinator", "round", "attempt", "plan", "state", "parameters")
+    names = ("fleet", "coordinator", "round", "attempt", "plan", "state", "parameters", "upload_key")
     return {name: getattr(agreed, name) for name in names}
 
 
@@ -122,8 +122,11 @@ def envelope_vectors() -> Iterator[Vector]:
         "a body of the wrong type": ("SurvivorsSignature", ["text"]),
         "a body that is a map": ("SurvivorsSignature", {"survivors": b"d" * 32}),
         "a request, from a device": ("SurvivorsRequest", [[0]]),
-        "a vector without the digests of its chunks": (
-            "MaskedInput", [{"digest": zero, "size": 40, "chunk_bytes": 16, "chunk_digests": b"", "sources": ["mqtt:"]}]
+        "a vector without the tags of its chunks": ("MaskedInput", [{"size": 40, "chunk_bytes": 16, "tags": b""}]),
+        "a vector with a tag too many": ("MaskedInput", [{"size": 40, "chunk_bytes": 16, "tags": bytes(64)}]),
+        "a vector in chunks of nothing": ("MaskedInput", [{"size": 40, "chunk_bytes": 0, "tags": bytes(16)}]),
+        "a vector with a digest": (
+            "MaskedInput", [{"digest": zero, "size": 40, "chunk_bytes": 16, "chunk_digests": bytes(96), "sources": []}]
         ),
     }  # fmt: skip
     for comment, (name, given) in bodies.items():
@@ -202,7 +205,39 @@ def key_vectors() -> Iterator[Vector]:
         also = {"info": spec.lp(b"sv1/inclusion", sender.encode(), recipient.encode())}
         token = spec.inclusion_token(secret, sender, recipient, session=SESSION)
         yield Vector("inclusion_token", f"from {sender} to {recipient}", inputs, token, also=also)
+    for device in ("pi-1", "pi-2"):
+        inputs = {"secret": secret, "session": SESSION, "device": device}
+        also = {"info": spec.lp(b"sv1/upload", device.encode(), b"chacha20-poly1305")}
+        yield Vector("upload_key", device, inputs, spec.upload_key(secret, device, session=SESSION), also=also)
+    yield from _tags(spec.upload_key(secret, "pi-1", session=SESSION), secret)
     yield from _ciphertexts(secret)
+
+
+def _tags(key: bytes, secret: bytes) -> Iterator[Vector]:
+    vector = FixedEntropy("tagged")(40)
+    for chunk_bytes in (16, 20, 40, 64):
+        inputs: dict[str, Any] = {"key": key, "vector": vector, "chunk_bytes": chunk_bytes}
+        yield Vector("tag", f"chunks of {chunk_bytes} bytes", inputs, spec.tagged(vector, chunk_bytes, key))
+    chunks = [vector[:16], vector[16:32], vector[32:]]
+    inputs = {"key": key, "announced": spec.tagged(vector, 16, key)}
+    for index, chunk in enumerate(chunks):
+        yield Vector("verify_chunk", f"chunk {index}", inputs | {"index": index, "chunk": chunk}, None)
+    whole = b"".join(chunks)
+    other_session = spec.upload_key(secret, "pi-1", session=bytes(32))
+    other_tags = spec.tagged(whole, 16, spec.upload_key(secret, "pi-2", session=SESSION))
+    for comment, changes in {
+        "one bit changed": {"index": 0, "chunk": bytes([vector[0] ^ 1]) + vector[1:16]},
+        "another chunk": {"index": 0, "chunk": chunks[1]}, "cut short": {"index": 0, "chunk": vector[:15]},
+        "longer": {"index": 0, "chunk": vector[:17]}, "empty": {"index": 2, "chunk": b""},
+        "a chunk after the last": {"index": 3, "chunk": chunks[2]}, "chunk -1": {"index": -1, "chunk": chunks[2]},
+        "another session's key": {"index": 0, "chunk": chunks[0], "key": other_session},
+        "another device's tags": {"index": 0, "chunk": chunks[0], "announced": other_tags},
+        "tagged with another length": {
+            "index": 0, "chunk": vector[:15],
+            "announced": {"size": 40, "chunk_bytes": 16, "tags": spec.tagged(vector[:15], 16, key)["tags"] + bytes(32)},
+        },
+    }.items():  # fmt: skip
+        yield Vector("verify_chunk", comment, inputs | changes, error="BadBlob", flags=("Tag",))
 
 
 def _ciphertexts(secret: bytes) -> Iterator[Vector]:

@@ -1,7 +1,8 @@
-"""Write every vector file beside this one; what is no longer made is removed."""
+"""Write every vector file beside this one; what is no longer made is removed, what people have written stays."""
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -13,8 +14,10 @@ def main() -> None:
     from vector_files import files
 
     made = files()
-    for stale in {path.name for path in FOLDER.glob("*.json")} - made.keys():
-        (FOLDER / stale).unlink()
+    for path in FOLDER.glob("*.json"):
+        is_made = "made_by" in json.loads(path.read_text(encoding="utf-8"))
+        if is_made and path.name not in made:
+            path.unlink()
     for name, text in made.items():
         (FOLDER / name).write_text(text, encoding="utf-8")
         print(f"{name}: {len(text):,} bytes")

@@ -107,7 +107,7 @@ def test_what_is_broadcast_is_what_the_request_carries_and_at_the_end_the_model(
     assert list(program.broadcast_at(program.length, state)) == ports
 
 
-def test_standardisation_is_a_first_round_that_fills_mean_and_std() -> None:
+def test_standardisation_is_a_first_round_that_fills_mean_and_variance() -> None:
     program = standardised(rounds=2)
     assert program.length == 3
     state = program.first_state
@@ -117,12 +117,12 @@ def test_standardisation_is_a_first_round_that_fills_mean_and_std() -> None:
     assert [a.encoding for a in request.aggregations] == [terms.encoding for terms in MOMENTS_RESULTS.values()]
     assert [a.lane for a in request.aggregations] == ["uint32", "uint64", "uint64"]
     data = np.random.default_rng(1).normal(3, 2, (40, 9))
-    data[:, 2] = 5.0  # never varies: dividing by its std of 0 would ruin everything
+    data[:, 2] = 5.0  # never varies: dividing by its deviation of 0 would ruin everything
     sums = {"count": [[40]], "sum": [data.sum(0)], "sum_of_squares": [(data**2).sum(0)]}
     advance = program.apply(0, state, round_sums(**sums))
     np.testing.assert_allclose(advance.state["model.mean"], data.mean(0), rtol=1e-5)
-    np.testing.assert_allclose(np.delete(advance.state["model.std"], 2), np.delete(data.std(0), 2), rtol=1e-4)
-    assert 0 < advance.state["model.std"][2] < np.inf
+    np.testing.assert_allclose(np.delete(advance.state["model.variance"], 2), np.delete(data.var(0), 2), rtol=1e-4)
+    assert 0 < advance.state["model.variance"][2] < np.inf
     np.testing.assert_array_equal(advance.state["model.conv1_kernel"], state["model.conv1_kernel"])
     assert advance.metrics == {"examples": 8.0, "clamped": 2.0}
     assert advance.released == {}

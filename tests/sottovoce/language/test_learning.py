@@ -48,7 +48,7 @@ def examples(data: DividedData) -> list[dict[str, Array]]:
 
 
 def accuracy(bundle: Bundle, test: Mapping[str, Array]) -> float:
-    probabilities = open_program(bundle).infer(decode_tensors(bundle.initial), {"x": test["x"]})["probabilities"]
+    probabilities = open_program(bundle).infer(decode_tensors(bundle.initial), {"x": test["x"]})["prediction"]
     return float(np.mean(probabilities.argmax(axis=1) == test["y"]))
 
 
@@ -310,7 +310,7 @@ def test_a_trained_model_starts_the_next_process(examples: list[dict[str, Array]
 # --- moments and plain sums -------------------------------------------------------------------------------------------
 
 
-def test_standardisation_finds_mean_and_deviation_without_pooling() -> None:
+def test_standardisation_finds_mean_and_variance_without_pooling() -> None:
     random = np.random.default_rng(5)
     examples = [{"x": random.normal(at, 1 + at, (7 + at, 128, 9)).astype(np.float32)} for at in range(3)]
     for mine in examples:
@@ -318,8 +318,8 @@ def test_standardisation_finds_mean_and_deviation_without_pooling() -> None:
     found = sums.build_standardisation(BUNDLES / "moments_har.svp")(examples)
     pooled = np.concatenate([mine["x"] for mine in examples]).reshape(-1, 9).astype(np.float64)
     np.testing.assert_allclose(found.mean, pooled.mean(axis=0), rtol=1e-5)
-    np.testing.assert_allclose(np.delete(found.std, 4), np.delete(pooled.std(axis=0), 4), rtol=1e-5)
-    assert 0 < found.std[4] < np.inf
+    np.testing.assert_allclose(np.delete(found.variance, 4), np.delete(pooled.var(axis=0), 4), rtol=1e-5)
+    assert 0 < found.variance[4] < np.inf
 
 
 def test_standardising_needs_a_moments_program() -> None:
@@ -329,7 +329,7 @@ def test_standardising_needs_a_moments_program() -> None:
 
 def test_moments_of_nothing_are_refused() -> None:
     with pytest.raises(RoundAbandoned, match="no_examples"):
-        sums.mean_and_std({"count": np.zeros(1), "sum": np.zeros(2), "sum_of_squares": np.zeros(2)})
+        sums.mean_and_variance({"count": np.zeros(1), "sum": np.zeros(2), "sum_of_squares": np.zeros(2)})
 
 
 def test_plain_sums_release_every_result_and_the_weight() -> None:

@@ -155,7 +155,7 @@ def run(process: IterativeProcess, devices: list[dict[str, Array]], test: Mappin
             shuffled = [{n: c[order] for n, c in mine.items()} for mine, order in zip(devices, orders, strict=True)]
             state, _ = process.next(state, shuffled)
     bundle = process.trained(state)
-    predicted = open_program(bundle).infer(decode_tensors(bundle.initial), {"x": test["x"]})["probabilities"]
+    predicted = open_program(bundle).infer(decode_tensors(bundle.initial), {"x": test["x"]})["prediction"]
     return float(np.mean(predicted.argmax(axis=1) == test["y"]))
 
 

@@ -15,9 +15,9 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 
 from sottovoce.identity import Identity, SignedContext, TrustAnchor, new_key, subject
-from sottovoce.plan import blob_ref
 from sottovoce.secagg.client import ClientSession, ClientTerms
 from sottovoce.secagg.graph import GraphRule
+from sottovoce.secagg.keys import key_pair
 from sottovoce.secagg.server import STAGE_NAMES, Reply, ServerSession
 from sottovoce.wire.chunks import assemble
 from sottovoce.wire.codec import Opened, open_envelope, parse, seal
@@ -27,6 +27,7 @@ FLEET, COORDINATOR, ROUND, ATTEMPT = "choir", "conductor", 7, 1
 PLAN, STATE = b"p" * 32, b"s" * 32
 AT = datetime.datetime(2026, 12, 1, tzinfo=datetime.UTC)
 LARGEST = 100
+UPLOAD_SEED = 999_999
 
 
 class FixedEntropy:
@@ -38,6 +39,10 @@ class FixedEntropy:
 
     def __call__(self, count: int) -> bytes:
         return self._stream.update(bytes(count))
+
+
+UPLOAD_KEY = key_pair(FixedEntropy(UPLOAD_SEED)(32)).public
+"""The coordinator's, in every session of these tests but those that say otherwise."""
 
 
 @dataclass
@@ -74,9 +79,10 @@ class Rehearsal:
 
     def upload(self, device: str) -> None:
         """Deliver the masked vector that a device has announced."""
-        vector = self.clients[device].masked_vector
+        vector, expected = self.clients[device].masked_vector, self.server.expected_vector(device)
         assert vector is not None
-        self.server.add_vector(device, assemble(blob_ref(vector), vector))
+        assert expected is not None
+        self.server.add_vector(device, assemble(expected, vector))
 
     def advertise(self, devices: Iterable[str]) -> None:
         """Let `devices` advertise keys, through the real envelopes."""
@@ -176,6 +182,7 @@ class Fleet:
             "plan": PLAN,
             "state": STATE,
             "parameters": self.parameters(),
+            "upload_key": UPLOAD_KEY,
             "terms": ClientTerms(minimum_cohort=3, minimum_honest_survivors=2, modes=("active", "curious")),
             "vector": vector,
             "entropy": FixedEntropy(1000 + sorted(self.identities).index(device)),
@@ -187,7 +194,7 @@ class Fleet:
     ) -> ServerSession:
         context = SignedContext(COORDINATOR, "all", FLEET, ROUND, ATTEMPT)
         settings: dict[str, Any] = {"context": context, "plan": PLAN, "state": STATE, "parameters": parameters}
-        return ServerSession(**settings, expected=devices, graph_rule=graph_rule)
+        return ServerSession(**settings, expected=devices, graph_rule=graph_rule, entropy=FixedEntropy(UPLOAD_SEED))
 
     def rehearse(
         self,

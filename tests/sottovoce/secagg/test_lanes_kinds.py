@@ -306,7 +306,8 @@ def test_the_segments_are_in_the_parameters_digest_and_checked_by_the_device(fle
     (width, count), *others = layout.packed
     for packed in (layout.packed, ((width - 1, count), *others), (*others, (width, count)), ()):
         changed = parameters_for(fleet, layout, packed=packed)
-        agreed = agree(context, coordinator="c", plan=bytes(32), state=bytes(32), parameters=changed)
+        digests_of: dict[str, Any] = {"plan": bytes(32), "state": bytes(32), "upload_key": bytes(32)}
+        agreed = agree(context, coordinator="c", parameters=changed, **digests_of)
         digests.add(agreed.parameters_digest)
         if packed != layout.packed:
             with pytest.raises(PolicyRefusal, match="lanes"):

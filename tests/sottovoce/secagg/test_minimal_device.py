@@ -58,24 +58,31 @@ class Choir:
         names = sorted(self.fleet.identities)[: self.real + self.by_the_spec]
         length = spec.memory_bytes(msgspec.to_builtins(self.parameters))
         self.plain = {name: spec.stream("chacha20", name.encode().ljust(32), length) for name in names}
-        self.devices: dict[str, Any] = {}
-        for index, name in enumerate(names):
-            self.devices[name] = self._device(name) if index < self.by_the_spec else self._client(name)
         context = SignedContext("conductor", "all", "choir", 7, 1)
         digests: dict[str, Any] = {"plan": b"p" * 32, "state": b"s" * 32}
         self.server = ServerSession(
-            context=context, **digests, parameters=self.parameters, expected=names, graph_rule=self.graph_rule
+            context=context,
+            **digests,
+            parameters=self.parameters,
+            expected=names,
+            graph_rule=self.graph_rule,
+            entropy=FixedEntropy("conductor"),
         )
+        self.devices: dict[str, Any] = {}
+        for index, name in enumerate(names):
+            self.devices[name] = self._device(name) if index < self.by_the_spec else self._client(name)
 
     def _client(self, name: str) -> Any:
-        return self.fleet.client(name, bytearray(self.plain[name]), parameters=self.parameters)
+        return self.fleet.client(
+            name, bytearray(self.plain[name]), parameters=self.parameters, upload_key=self.server.invitation.upload_key
+        )
 
     def _device(self, name: str) -> SpecDevice:
         identity = self.fleet.identities[name]
         key, der = identity._key, identity.certificate.der
         settings = {"fleet": "choir", "coordinator": "conductor", "round": 7, "attempt": 1}
         digests = {"plan": b"p" * 32, "state": b"s" * 32}
-        agreement = spec.Agreement(**settings, **digests, parameters=self._told())  # type: ignore[arg-type]
+        agreement = spec.Agreement(**settings, **digests, **self._told())  # type: ignore[arg-type]
         authority = self.fleet.anchor._ca.public_bytes(Encoding.DER)
         coordinator = self.fleet.coordinator.certificate.der
         entropy = FixedEntropy(name)
@@ -84,8 +91,9 @@ class Choir:
         )
 
     def _told(self) -> Any:
-        """The parameters as the coordinator's request tells them."""
-        return msgspec.msgpack.decode(msgspec.msgpack.encode(AdvertiseKeysRequest(parameters=self.parameters)))[0]
+        """The parameters and the key as the coordinator's request tells them."""
+        fields = msgspec.msgpack.decode(msgspec.msgpack.encode(self.server.invitation))
+        return dict(zip(("parameters", "upload_key"), fields, strict=True))
 
     def perform(self, silent: dict[str, list[str]]) -> None:
         gone: set[str] = set()

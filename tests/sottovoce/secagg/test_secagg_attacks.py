@@ -5,6 +5,7 @@ Every attack ends in a named error; the device drops its secrets, the server kee
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import hashlib
 from collections.abc import Callable
@@ -33,7 +34,6 @@ from sottovoce.errors import (
     UnexpectedMessage,
 )
 from sottovoce.identity import SignedContext
-from sottovoce.plan import blob_ref
 from sottovoce.secagg import keys, shamir
 from sottovoce.secagg.client import ClientTerms
 from sottovoce.secagg.client_stages import Aborted, Revealed
@@ -48,6 +48,7 @@ from sottovoce.secagg.server_stages import (
     Unmasked,
 )
 from sottovoce.secagg.transcript import leaf_of, survivors_digest
+from sottovoce.secagg.uploads import expect, tag_vector
 from sottovoce.wire.chunks import Assembly, assemble
 from sottovoce.wire.codec import parse, seal
 from sottovoce.wire.messages import (
@@ -600,26 +601,30 @@ def test_the_server_adds_only_the_vector_that_was_announced_and_only_once(fleet:
     requests = rehearsal.run_until(CollectingInputs, silent={"share_keys": rehearsal.devices[5:]})
     device, other, late = rehearsal.devices[0], rehearsal.devices[1], rehearsal.devices[5]
     server = rehearsal.server
-    zeros = bytes(fleet.vector_bytes)
+    zeros, key = bytes(fleet.vector_bytes), bytes(32)
+    made_up = assemble(expect(tag_vector(zeros, key, chunk_bytes=100), key), zeros)
     with pytest.raises(LocalProtocolError):
-        server.add_vector(device, assemble(blob_ref(zeros), zeros))
+        server.add_vector(device, made_up)
     reply = rehearsal.answer(device, requests[device], upload=False)
-    assert server.expected_vector(device) == reply.vector
+    expected = server.expected_vector(device)
+    assert (expected.size, expected.chunk_bytes, expected.tags) == (
+        fleet.vector_bytes, reply.vector.chunk_bytes, reply.vector.tags,
+    )  # fmt: skip
     assert server.expected_vector(other) is server.expected_vector("nobody") is None
     with pytest.raises(BadBlob, match="not the vector that it has announced"):
-        server.add_vector(device, assemble(blob_ref(zeros), zeros))
+        server.add_vector(device, made_up)
     with pytest.raises(BadBlob, match="1 chunks are missing"):
-        server.add_vector(device, Assembly(reply.vector))
+        server.add_vector(device, Assembly(expected))
     with pytest.raises(BadBlob):
-        assemble(reply.vector, zeros)
+        assemble(expected, zeros)
     assert bytes(server.stage.total) == bytes(fleet.vector_bytes)
     assert device in server.waiting_for()
     rehearsal.upload(device)
     assert device not in server.waiting_for()
     with pytest.raises(LocalProtocolError):
-        rehearsal.upload(device)
+        server.add_vector(device, assemble(expected, rehearsal.clients[device].masked_vector))
     with pytest.raises(MalformedMessage, match="bytes"):
-        rehearsal.send(other, MaskedInput(vector=blob_ref(b"too short")))
+        rehearsal.send(other, MaskedInput(vector=tag_vector(b"too short", key, chunk_bytes=100)))
     rehearsal.clients[late].receive(rehearsal.requests[late][0].message)
     with pytest.raises(RemoteProtocolError, match="in time"):
         rehearsal.send(late, reply)
@@ -713,6 +718,111 @@ def test_more_devices_than_the_session_allows_cannot_be_invited(fleet: Any) -> N
         fleet.server([f"pi-{number}" for number in range(6)], fleet.parameters(maximum_clients=5))
     with pytest.raises(ConfigError, match="k-regular"):
         fleet.server(["pi-1"], fleet.parameters(maximum_clients=201))
+
+
+# --- masked vectors on their way --------------------------------------------------------------------------------------
+
+
+def announced_vector(fleet: Any, *, seed: int = 0) -> Any:
+    """A rehearsal whose first device has announced its vector, in chunks of 16 bytes: it, its name and the vector."""
+    rehearsal = fleet.rehearse(6, seed=seed)
+    device = rehearsal.devices[0]
+    rehearsal.clients[device] = fleet.client(device, bytearray(rehearsal.plain[device]), chunk_bytes=16)
+    requests = rehearsal.run_until(CollectingInputs)
+    rehearsal.answer(device, requests[device], upload=False)
+    return rehearsal, device, bytes(rehearsal.clients[device].masked_vector)
+
+
+def test_a_chunk_changed_by_the_broker_is_refused_and_the_right_one_still_fits(fleet: Any) -> None:
+    rehearsal, device, vector = announced_vector(fleet)
+    upload = Assembly(rehearsal.server.expected_vector(device))
+    assert upload.ref.chunk_count == 5
+    for index in range(5):
+        right, other = vector[upload.ref.chunk_slice(index)], vector[upload.ref.chunk_slice((index + 1) % 5)]
+        for wrong in (bytes([right[0] ^ 1]) + right[1:], right[:-1] + bytes([right[-1] ^ 128]), other, right[:-1], b""):
+            with pytest.raises(BadBlob):
+                upload.add(index, wrong)
+            with pytest.raises(BadBlob, match="chunks are missing"):
+                rehearsal.server.add_vector(device, upload)
+        assert bytes(rehearsal.server.stage.total) == bytes(fleet.vector_bytes), "nothing unverified is in the sum"
+        upload.add(index, right)
+    rehearsal.server.add_vector(device, upload)
+    rehearsal.run_until(Unmasked)
+    assert bytes(rehearsal.server.result) == rehearsal.plain_sum(rehearsal.devices)
+
+
+def test_a_tag_from_another_session_is_refused(fleet: Any) -> None:
+    """The same device, with the same keys even, in two sessions; the broker puts the one vector into the other."""
+    first, device, before = announced_vector(fleet)
+    earlier = first.server.expected_vector(device)
+    second, _, after = announced_vector(fleet, seed=1)
+    expected = second.server.expected_vector(device)
+    assert before != after
+    for content in (before, after):
+        with pytest.raises(BadBlob):
+            assemble(replace_tags(expected, earlier.tags), content)
+    with pytest.raises(BadBlob):
+        assemble(expected, before)
+    message = second.answers[device][-1]
+    with pytest.raises(ConflictingMessage):
+        second.send(device, replace(message, vector=first.answers[device][-1].vector))
+
+
+def test_a_tag_of_another_device_is_refused(fleet: Any) -> None:
+    """A member announces another's vector and tags as its own: whoever copies does not know the key."""
+    rehearsal, device, vector = announced_vector(fleet)
+    copier = rehearsal.devices[1]
+    request = next(reply.message for reply in rehearsal.server.outstanding() if reply.device == copier)
+    own = rehearsal.clients[copier].receive(request)
+    rehearsal.send(copier, replace(own, vector=rehearsal.answers[device][-1].vector))
+    with pytest.raises(BadBlob, match="does not match its tag"):
+        assemble(rehearsal.server.expected_vector(copier), vector)
+    assert copier in rehearsal.server.waiting_for()
+
+
+def replace_tags(expected: Any, tags: bytes) -> Any:
+    return dataclasses.replace(expected, tags=tags)
+
+
+@pytest.mark.parametrize("key", [bytes(32), b"\1" + bytes(31), (2**255 - 20).to_bytes(32, "little")])
+def test_a_low_order_coordinator_key_is_refused_before_any_key_is_made(fleet: Any, key: bytes) -> None:
+    def none_left(count: int) -> bytes:
+        raise AssertionError("entropy was drawn")
+
+    client = fleet.client("pi-000", bytearray(fleet.vector_bytes), upload_key=key, entropy=none_left)
+    with pytest.raises(LowOrderPoint):
+        client.advertise()
+    assert isinstance(client.stage, Aborted)
+
+
+def test_a_device_shown_another_coordinator_key_than_the_others_is_in_another_session(fleet: Any) -> None:
+    """Nobody opens its shares, it opens nobody's, and the coordinator's own session refuses what it says."""
+    rehearsal = fleet.rehearse(7)
+    devices, victim = rehearsal.devices, rehearsal.devices[0]
+    vector, other = bytearray(rehearsal.plain[victim]), keys.key_pair(b"o" * 32).public
+    rehearsal.clients[victim] = fleet.client(victim, vector, upload_key=other)
+    requests = rehearsal.run_until(SharingKeys)
+    shared = {device: rehearsal.clients[device].receive(request) for device, request in requests.items()}
+    assert rehearsal.clients[victim].session_id != rehearsal.server.session_id
+    with pytest.raises(Replayed):
+        rehearsal.send(victim, shared[victim])
+    for device in devices[1:]:
+        assert rehearsal.clients[device].session_id == rehearsal.server.session_id
+        rehearsal.send(device, shared[device])
+    # It forwards the victim's shares all the same: signed for another session, to members of this one.
+    position = rehearsal.server.stage.cohort.position_of
+    neighbours = [p for p in range(7) if p != position[victim]]
+    peer = devices[1]
+    for_peer = shared[victim].ciphertexts[neighbours.index(position[peer])]
+    asked = rehearsal.close()
+    told = tuple(sorted((*asked[peer].shares, (position[victim], for_peer))))
+    assert_refused(rehearsal.clients[peer], MaskedInputRequest(shares=told), BadShare)
+    for_victim = tuple(
+        (position[d], shared[d].ciphertexts[[p for p in range(7) if p != position[d]].index(position[victim])])
+        for d in sorted(devices[1:], key=position.__getitem__)
+    )
+    assert_refused(rehearsal.clients[victim], MaskedInputRequest(shares=for_victim), BadShare)
+    assert bytes(vector) == bytes(len(vector)), "nothing was masked, nothing is left"
 
 
 # --- "I masked with you": the inclusion tokens of active mode ---------------------------------------------------------

@@ -44,6 +44,7 @@ def test_a_key_of_another_length_is_refused(length: int) -> None:
 
 def test_every_derived_key_is_another_one() -> None:
     secret = b"k" * 32
+    channel = keys.channel(secret, session=SESSION)
     made = [
         keys.self_mask_key(secret, session=SESSION, device="a", cipher="chacha20"),
         keys.self_mask_key(secret, session=SESSION, device="b", cipher="chacha20"),
@@ -52,8 +53,8 @@ def test_every_derived_key_is_another_one() -> None:
         keys.pairwise_mask_key(secret, session=SESSION, lower="a", upper="b", cipher="chacha20"),
         keys.pairwise_mask_key(secret, session=SESSION, lower="b", upper="a", cipher="chacha20"),
         keys.pairwise_mask_key(secret, session=SESSION, lower="ab", upper="", cipher="chacha20"),
-        keys.share_channel_key(secret, session=SESSION, sender="a", recipient="b"),
-        keys.share_channel_key(secret, session=SESSION, sender="b", recipient="a"),
+        keys.share_channel_key(channel, sender="a", recipient="b"),
+        keys.share_channel_key(channel, sender="b", recipient="a"),
     ]
     assert [len(key) for key in made] == [32, 32, 32, 16, 32, 32, 32, 32, 32]
     assert all(one[:16] != two[:16] for one, two in combinations(made, 2))

@@ -7,7 +7,6 @@ from typing import Any, get_args
 import pytest
 
 from sottovoce.errors import LocalProtocolError, RoundAbandoned, SottovoceError, UnexpectedMessage
-from sottovoce.plan import blob_ref
 from sottovoce.secagg import client_stages, server_stages
 from sottovoce.secagg.client import STEPS as CLIENT_STEPS
 from sottovoce.secagg.server import CLOSINGS, STAGE_NAMES
@@ -22,6 +21,7 @@ from sottovoce.wire.messages import (
     ShareKeys,
     SurvivorsRequest,
     SurvivorsSignature,
+    TaggedVector,
     Unmasking,
     UnmaskingRequest,
 )
@@ -37,7 +37,7 @@ REQUESTS: dict[type, Any] = {
 ANSWERS: dict[type, Any] = {
     AdvertiseKeys: AdvertiseKeys(b"c", b"p", b"s", b"d", bytes(32), bytes(32), bytes(32)),
     ShareKeys: ShareKeys(commitment=b"", ciphertexts=()),
-    MaskedInput: MaskedInput(vector=blob_ref(b"made up")),
+    MaskedInput: MaskedInput(vector=TaggedVector(size=7, chunk_bytes=7, tags=bytes(16))),
     SurvivorsSignature: SurvivorsSignature(survivors=bytes(32)),
     Unmasking: Unmasking(self_seed_shares=(), mask_key_shares=()),
 }

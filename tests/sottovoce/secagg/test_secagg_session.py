@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from sottovoce.errors import LocalProtocolError, PolicyRefusal, RoundAbandoned
 from sottovoce.secagg.client import ClientTerms
+from sottovoce.secagg.mask_removal import Spread
 from sottovoce.secagg.server import STAGE_NAMES
 from sottovoce.secagg.server_stages import Abandoned, Unmasked
-from sottovoce.secagg.server_steps import Spread
 from sottovoce.wire.messages import MaskedInput, SurvivorsSignature, Unmasking
 
 ORDER = ["advertise_keys", "share_keys", "masked_input", "consistency_check", "unmasking"]

@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import random
+import sys
+import tracemalloc
 from typing import Any
 
-import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sottovoce.errors import BadBlob
-from sottovoce.plan import blob_ref
+from sottovoce.identity import SignedContext
 from sottovoce.secagg.segments import add_packed_into, unpacked_bytes
+from sottovoce.secagg.server import ServerSession
 from sottovoce.secagg.server_stages import CollectingInputs, Unmasked
 from sottovoce.secagg.server_steps import add_upload
+from sottovoce.secagg.uploads import ExpectedVector, expect, tag_vector
 from sottovoce.wire.chunks import Assembly, assemble
 from sottovoce.wire.messages import SecAggParameters
 
 LAYOUTS = [(), ((16, 64),), ((32, 64), (16, 128)), ((21, 64),), ((16, 64), (5, 192))]
+
+
+KEY = b"k" * 32
+
+
+def expected_of(vector: bytes, chunk_bytes: int) -> ExpectedVector:
+    return expect(tag_vector(vector, KEY, chunk_bytes=chunk_bytes), KEY)
 
 
 def parameters_with(packed: tuple[tuple[int, int], ...]) -> SecAggParameters:
@@ -42,7 +54,7 @@ def test_chunks_of_any_size_add_up_to_the_vector(
     total = bytearray(dice.randbytes(unpacked_bytes(parameters)))
     expected = bytearray(total)
     add_packed_into(expected, vector, parameters)
-    add_upload(total, assemble(blob_ref(vector, chunk_bytes=chunk_bytes), vector), parameters)
+    add_upload(total, assemble(expected_of(vector, chunk_bytes), vector), parameters)
     assert total == expected
 
 
@@ -50,7 +62,7 @@ def test_chunks_of_any_size_add_up_to_the_vector(
 def test_an_upload_that_is_not_whole_leaves_the_total_as_it_was(chunk_bytes: int) -> None:
     parameters = parameters_with(())
     vector, total = bytes(range(parameters.vector_bytes)), bytearray(unpacked_bytes(parameters))
-    upload = Assembly(blob_ref(vector, chunk_bytes=chunk_bytes))
+    upload = Assembly(expected_of(vector, chunk_bytes))
     for index in range(upload.ref.chunk_count - 1):
         upload.add(index, vector[upload.ref.chunk_slice(index)])
     with pytest.raises(BadBlob, match="1 chunks are missing"):
@@ -58,23 +70,65 @@ def test_an_upload_that_is_not_whole_leaves_the_total_as_it_was(chunk_bytes: int
     assert total == bytes(len(total))
 
 
-def test_the_chunks_that_a_device_signed_bind_its_vector_whatever_name_it_gave_the_whole(fleet: Any) -> None:
-    rehearsal = fleet.rehearse(4)
-    requests = rehearsal.run_until(CollectingInputs)
-    for device, request in requests.items():
-        reply = rehearsal.clients[device].receive(request)
-        misnamed = msgspec.structs.replace(reply.vector, digest=bytes(32))
-        rehearsal.send(device, msgspec.structs.replace(reply, vector=misnamed))
-        vector = rehearsal.clients[device].masked_vector
-        with pytest.raises(BadBlob, match="not the vector that it has announced"):
-            rehearsal.upload(device)
-        changed = bytes([vector[0] ^ 1]) + vector[1:]
+@given(vector=st.binary(min_size=1, max_size=300), chunk_bytes=st.integers(1, 320), choice=st.data())
+def test_every_chunk_is_told_from_every_other_of_the_same_vector(
+    vector: bytes, chunk_bytes: int, choice: st.DataObject
+) -> None:
+    expected = expected_of(vector, chunk_bytes)
+    index = choice.draw(st.integers(0, expected.chunk_count - 1))
+    chunk = vector[expected.chunk_slice(index)]
+    expected.verify_chunk(index, chunk)
+    bit = choice.draw(st.integers(0, 8 * len(chunk) - 1))
+    changed = (int.from_bytes(chunk, "little") ^ 1 << bit).to_bytes(len(chunk), "little")
+    for other, content in ((index, changed), (index, chunk[:-1]), (index, chunk + b"\0"), (index + 1, chunk)):
         with pytest.raises(BadBlob):
-            assemble(misnamed, changed)
-        rehearsal.server.add_vector(device, assemble(misnamed, vector))
-    rehearsal.close()
-    rehearsal.run_until(Unmasked)
-    assert rehearsal.server.result == rehearsal.plain_sum(rehearsal.devices)
+            expected.verify_chunk(other, content)
+
+
+def test_a_vector_is_tagged_without_a_copy_of_it() -> None:
+    vector = bytearray(2_000_000)
+    tracemalloc.start()
+    announced = tag_vector(vector, KEY, chunk_bytes=65_536)
+    assert tracemalloc.get_traced_memory()[1] < 100_000
+    tracemalloc.stop()
+    assert (announced.size, announced.chunk_count) == (2_000_000, 31)
+    vector.clear()  # No view of it is left, either.
+
+
+def test_a_key_is_not_shown_and_is_another_for_every_session_and_device(fleet: Any) -> None:
+    rehearsals = [fleet.rehearse(4, seed=seed) for seed in (1, 2)]
+    found = []
+    for rehearsal in rehearsals:
+        rehearsal.run_until(CollectingInputs)
+        for client in rehearsal.clients.values():
+            found.append(client.stage.upload_key)
+            assert client.stage.upload_key.hex() not in repr(client.stage)
+            assert repr(client.stage.upload_key) not in repr(client.stage)
+    assert len(set(found)) == 8
+    assert "_cipher" not in repr(expected_of(b"vector", 10))
+
+
+def test_the_coordinators_key_is_fresh_and_one_for_all_its_devices(fleet: Any) -> None:
+    settings: dict[str, Any] = {"plan": b"p" * 32, "state": b"s" * 32, "parameters": fleet.parameters()}
+    context = SignedContext("conductor", "all", "choir", 7, 1)
+    servers = [ServerSession(context=context, expected=["a", "b"], entropy=os.urandom, **settings) for _ in range(2)]
+    asked = [{reply.message for reply in server.outstanding()} for server in servers]
+    assert asked == [{server.invitation} for server in servers]
+    assert servers[0].invitation.upload_key != servers[1].invitation.upload_key
+
+
+@pytest.mark.parametrize("abandoned", [True, False])
+def test_when_a_session_ends_the_server_keeps_nothing_of_its_key(fleet: Any, abandoned: bool) -> None:
+    rehearsal = fleet.rehearse(4)
+    pair = rehearsal.server.stage.upload_keys
+    rehearsal.run_until(CollectingInputs)
+    derived = rehearsal.server.stage.upload_keys
+    if abandoned:
+        rehearsal.server.abandon("stopped")
+    else:
+        rehearsal.run_until(Unmasked)
+    gc.collect()
+    assert sys.getrefcount(pair) == sys.getrefcount(derived) == 2, "this test's own, and the argument"
 
 
 @pytest.mark.parametrize("mode", ["active", "curious"])

@@ -15,7 +15,7 @@ from sottovoce.secagg.client import STEPS as CLIENT_STEPS
 from sottovoce.secagg.graph import COMPLETE_GRAPH_LIMIT, LARGEST_COHORT, LARGEST_THRESHOLD
 from sottovoce.secagg.server import CLOSINGS, STAGE_NAMES
 from sottovoce.secagg.server import STEPS as SERVER_STEPS
-from sottovoce.wire.messages import COORDINATOR_MESSAGES, DEVICE_MESSAGES, SecAggParameters
+from sottovoce.wire.messages import COORDINATOR_MESSAGES, DEVICE_MESSAGES, SecAggParameters, TaggedVector
 
 SPEC = (Path(__file__).parents[3] / "docs" / "SPEC.md").read_text(encoding="utf-8")
 
@@ -61,7 +61,8 @@ def type_of(hint: Any) -> str:
 
 
 _TYPES: dict[Any, str] = {bytes: "bytes", int: "int", str: "text", bool: "bool", BlobRef: "blob"} | {
-    SecAggParameters: "parameters"
+    SecAggParameters: "parameters",
+    TaggedVector: "vector",
 }
 
 

@@ -47,7 +47,12 @@ def test_the_merkle_root_pairs_level_by_level_and_an_odd_one_moves_up() -> None:
 
 def agreement(fleet: Any, **changes: Any) -> Any:
     made = agree(
-        fleet.context("pi-1"), coordinator="conductor", plan=b"p" * 32, state=b"s" * 32, parameters=fleet.parameters()
+        fleet.context("pi-1"),
+        coordinator="conductor",
+        plan=b"p" * 32,
+        state=b"s" * 32,
+        parameters=fleet.parameters(),
+        upload_key=b"U" * 32,
     )
     return replace(made, **changes)
 
@@ -66,6 +71,7 @@ def test_the_session_id_is_the_specs_hash(fleet: Any) -> None:
         b"p" * 32,
         b"s" * 32,
         parameters,
+        b"U" * 32,
         struct.pack("<III", 6, 5, 4),
         b"R" * 32,
     )
@@ -78,6 +84,7 @@ def test_the_session_id_depends_on_everything_agreed(fleet: Any) -> None:
     changes: list[dict[str, Any]] = [
         {"fleet": "other"}, {"coordinator": "other"}, {"round": 8}, {"attempt": 2}, {"plan": b"q" * 32},
         {"state": b"t" * 32}, {"parameters_digest": b"d" * 32}, {"parameters": curious},
+        {"upload_key": b"V" * 32},
         {"fleet": "choirc", "coordinator": "onductor"},
     ]  # fmt: skip
     ids = {session_id(replace(one, **change), **SHAPE) for change in changes}

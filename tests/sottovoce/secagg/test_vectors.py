@@ -20,7 +20,7 @@ from sottovoce import errors
 from sottovoce.errors import RoundAbandoned
 from sottovoce.identity import Identity, SignedContext, TrustAnchor
 from sottovoce.plan import Aggregation, Counted, LocalWork, Plan, PrivacyTerms, blob_ref, canonical, digest_of
-from sottovoce.secagg import graph, keys, segments, shamir, transcript
+from sottovoce.secagg import graph, keys, segments, shamir, transcript, uploads
 from sottovoce.secagg.client import ClientSession, ClientTerms
 from sottovoce.secagg.client_stages import Aborted
 from sottovoce.secagg.graph import GraphParameters
@@ -31,7 +31,7 @@ from sottovoce.secagg.server_stages import Abandoned, Unmasked
 from sottovoce.wire import messages
 from sottovoce.wire.chunks import assemble
 from sottovoce.wire.codec import Opened, open_envelope, parse
-from sottovoce.wire.messages import AdvertiseKeys, SecAggParameters
+from sottovoce.wire.messages import AdvertiseKeys, SecAggParameters, TaggedVector
 
 FOLDER = Path(__file__).parents[2] / "vectors"
 WRITTEN_BY_HAND = {"text.json", "sketches.json"}
@@ -72,6 +72,7 @@ def agreement_of(inputs: Inputs) -> transcript.Agreement:
         plan=raw(inputs["plan"]),
         state=raw(inputs["state"]),
         parameters=parameters_of(inputs["parameters"]),
+        upload_key=raw(inputs["upload_key"]),
     )
 
 
@@ -212,6 +213,17 @@ def accept_key(inputs: Inputs) -> None:
     keys.refuse_low_order(raw(inputs["public_key"]))
 
 
+def tag(inputs: Inputs) -> dict[str, Any]:
+    made = uploads.tag_vector(raw(inputs["vector"]), raw(inputs["key"]), chunk_bytes=inputs["chunk_bytes"])
+    return {"size": made.size, "chunk_bytes": made.chunk_bytes, "tags": made.tags}
+
+
+def verify_chunk(inputs: Inputs) -> None:
+    announced = inputs["announced"] | {"tags": raw(inputs["announced"]["tags"])}
+    expected = uploads.expect(TaggedVector(**announced), raw(inputs["key"]))
+    expected.verify_chunk(inputs["index"], raw(inputs["chunk"]))
+
+
 OPERATIONS: dict[str, Callable[[Any], Any]] = {
     "leaf": leaf,
     "merkle_root": lambda i: transcript.merkle_root([raw(one) for one in i["leaves"]]),
@@ -234,11 +246,14 @@ OPERATIONS: dict[str, Callable[[Any], Any]] = {
         raw(i["secret"]), session=raw(i["session"]), lower=i["lower"], upper=i["upper"], cipher=i["cipher"]
     ),
     "share_channel_key": lambda i: keys.share_channel_key(
-        raw(i["secret"]), session=raw(i["session"]), sender=i["sender"], recipient=i["recipient"]
+        keys.channel(raw(i["secret"]), session=raw(i["session"])), sender=i["sender"], recipient=i["recipient"]
     ),
     "inclusion_token": lambda i: keys.inclusion_token(
-        raw(i["secret"]), session=raw(i["session"]), sender=i["sender"], recipient=i["recipient"]
+        keys.channel(raw(i["secret"]), session=raw(i["session"])), sender=i["sender"], recipient=i["recipient"]
     ),
+    "upload_key": lambda i: keys.upload_key(raw(i["secret"]), session=raw(i["session"]), device=i["device"]),
+    "tag": tag,
+    "verify_chunk": verify_chunk,
     "encrypt": lambda i: keys.encrypt_shares(raw(i["key"]), raw(i["shares"]), session=raw(i["session"])),
     "decrypt": lambda i: keys.decrypt_shares(raw(i["key"]), raw(i["ciphertext"]), session=raw(i["session"])),
     "limbs": lambda i: shamir._limbs_of(raw(i["secret"])).tolist(),
@@ -255,7 +270,7 @@ OPERATIONS: dict[str, Callable[[Any], Any]] = {
     "check_graph": check_graph,
     "check_parameters": check_parameters,
 }
-_NEED_A_SESSION = {"device", "device_terms", "coordinator", "abandon"}
+_NEED_A_SESSION = {"device", "device_terms", "device_invited", "coordinator", "abandon"}
 
 
 def plain(value: Any) -> Any:
@@ -299,7 +314,9 @@ class Session:
     def request(self, stage: str, device: str) -> Any:
         return self.opened(self.stages[stage]["requests"][device], "conductor").message
 
-    def client(self, name: str, terms: Mapping[str, Any] | None = None) -> ClientSession:
+    def client(
+        self, name: str, terms: Mapping[str, Any] | None = None, upload_key: bytes | None = None
+    ) -> ClientSession:
         device = self.devices[name]
         key = ec.derive_private_key(int(device["private_key"], 16), ec.SECP256R1())
         agreement = self.agreement
@@ -311,6 +328,7 @@ class Session:
             plan=agreement.plan,
             state=agreement.state,
             parameters=agreement.parameters,
+            upload_key=agreement.upload_key if upload_key is None else upload_key,
             terms=msgspec.convert(LENIENT | dict(terms or {}), ClientTerms),
             vector=bytearray(raw(device["vector"])),
             entropy=Replay(raw(device["entropy"])),
@@ -336,6 +354,7 @@ class Session:
             state=agreement.state,
             parameters=agreement.parameters,
             expected=self.devices,
+            entropy=Replay(raw(self.file["upload_secret"])),
         )
 
     def play(self, server: ServerSession, stage: str, replaced: Mapping[str, str] | None = None) -> None:
@@ -413,17 +432,22 @@ def test_the_intermediate_values_of_a_transcript_are_the_codes(name: str) -> Non
             pair = keys.key_pair(raw(written["channel_secret"]))
             secret = pair.agree(raw(session.devices[peer]["channel_key"]))
             assert secret.hex() == channel["agreed"]
-            out = keys.share_channel_key(secret, session=number, sender=device, recipient=peer)
-            back = keys.share_channel_key(secret, session=number, sender=peer, recipient=device)
+            between = keys.channel(secret, session=number)
+            out = keys.share_channel_key(between, sender=device, recipient=peer)
+            back = keys.share_channel_key(between, sender=peer, recipient=device)
             assert (out.hex(), back.hex()) == (channel["to"], channel["from"])
-            out = keys.inclusion_token(secret, session=number, sender=device, recipient=peer)
-            back = keys.inclusion_token(secret, session=number, sender=peer, recipient=device)
+            out = keys.inclusion_token(between, sender=device, recipient=peer)
+            back = keys.inclusion_token(between, sender=peer, recipient=device)
             assert (out.hex(), back.hex()) == (channel["inclusion_to"], channel["inclusion_from"])
         for peer, pairwise in written.get("pairwise_masks", {}).items():
             secret = keys.key_pair(raw(written["mask_secret"])).agree(raw(session.devices[peer]["mask_key"]))
             lower, upper = (device, peer) if pairwise["sign"] == "+" else (peer, device)
             key = keys.pairwise_mask_key(secret, session=number, lower=lower, upper=upper, cipher=cipher)
             assert (secret.hex(), key.hex()) == (pairwise["agreed"], pairwise["key"])
+        if "upload" in written:
+            secret = keys.key_pair(raw(session.file["upload_secret"])).agree(raw(written["channel_key"]))
+            key = keys.upload_key(secret, session=number, device=device)
+            assert (secret.hex(), key.hex()) == (written["upload"]["agreed"], written["upload"]["key"])
         if "self_mask" in written:
             key = keys.self_mask_key(raw(written["self_seed"]), session=number, device=device, cipher=cipher)
             assert key.hex() == written["self_mask"]["key"]
@@ -454,6 +478,17 @@ def test_a_device_refuses_parameters_that_its_owner_does_not_allow(vector: Any) 
     with pytest.raises(getattr(errors, vector["error"])):
         client.advertise()
     assert isinstance(client.stage, Aborted)
+
+
+@of("device_invited")
+def test_a_device_makes_no_keys_for_a_coordinator_whose_own_is_none(vector: Any) -> None:
+    inputs = vector["inputs"]
+    client = Session(inputs["transcript"]).client(inputs["device"], upload_key=raw(inputs["upload_key"]))
+    refusal = getattr(errors, vector["error"])
+    with pytest.raises(refusal) as caught:
+        client.advertise()
+    assert type(caught.value) is refusal, vector["comment"]
+    assert client.stage == Aborted(caught.value)
 
 
 @of("coordinator")
@@ -489,4 +524,5 @@ def test_every_operation_has_valid_and_invalid_vectors_where_it_can_fail() -> No
     found = {(vector["operation"], vector["result"]) for vector in VECTORS}
     assert {operation for operation, _ in found} == OPERATIONS.keys() | _NEED_A_SESSION
     can_fail = {"open", "certificate", "agree", "decrypt", "join_limbs", "parse_share", "rebuild", "sum", "check_graph"}
+    can_fail |= {"verify_chunk"}
     assert {(operation, result) for operation in can_fail for result in ("valid", "invalid")} <= found

@@ -259,6 +259,24 @@ def test_no_more_than_the_receive_maximum_is_on_its_way(mqtt_harness, expect):
     assert [expect.delivery(device, topic).payload[0] for _ in range(10)] == list(range(10))
 
 
+@pytest.mark.parametrize("qos", [0, 1])
+def test_what_is_too_large_for_this_client_is_dropped_and_acknowledged(expect, qos):
+    """Over 3.1.1 nothing tells the broker what is too large, and mosquitto waits for the first 20 receipts."""
+    with BrokerProcess() as broker:
+        settings = settings_for(broker, protocol="3.1.1", max_payload_bytes=100)
+        other = settings_for(broker, client_id="home")
+        with linked(settings) as transport, linked(other) as home:
+            transport.subscribe("home/#")
+            expect.connected(transport)
+            home.subscribe("home/none")
+            expect.connected(home)
+            for _ in range(25):
+                home.publish("home/camera", bytes(101), qos=qos)
+            home.publish("home/camera", bytes(100))
+            assert expect.event(transport, Delivery).payload == bytes(100)
+            assert transport.refused == {"a delivery larger than max_payload_bytes": 25}
+
+
 def test_what_was_not_acknowledged_comes_once_after_many_outages(mqtt_harness, expect):
     coordinator, device = mqtt_harness.connect("coordinator"), mqtt_harness.connect("pi-1")
     topic = mqtt_harness.topics.down("pi-1")

@@ -77,6 +77,33 @@ def test_only_telemetry_is_dropped_when_the_owner_is_busy():
     assert events(inbox) == [delivery(b"\0"), delivery(b"\1"), delivery(b"\2"), delivery(b"kept")]
 
 
+def test_the_bytes_that_wait_are_bounded_and_freed():
+    """A broker need not keep to any number: a thousand deliveries of a megabyte must not fill a Pi."""
+    inbox = Inbox(telemetry_bytes=100, most_bytes=200)
+    small, large = delivery(bytes(30)), delivery(bytes(80))
+    for _ in range(5):
+        inbox.deliver(small, None)
+    kept = len(small.topic) + 30
+    fitting = 100 // kept
+    assert 1 <= fitting < 5
+    for number in range(5):
+        inbox.deliver(large, Receipt(1, number))
+    waiting = events(inbox)
+    assert waiting.count(small) == fitting
+    assert waiting.count(large) == (200 - fitting * kept) // (len(large.topic) + 80) >= 1
+    inbox.deliver(small, None)
+    assert events(inbox) == [small], "what was taken makes room"
+
+
+def test_what_comes_again_makes_room_at_once():
+    inbox = Inbox(telemetry_bytes=100, most_bytes=200)
+    inbox.deliver(delivery(bytes(150)), Receipt(1, 1))
+    inbox.drop_unacknowledged()
+    inbox.deliver(delivery(b"telemetry"), None)
+    inbox.deliver(delivery(b"more"), None)
+    assert events(inbox) == [delivery(b"telemetry"), delivery(b"more")]
+
+
 def test_what_is_on_its_way_still_counts():
     outbox = Outbox(max_messages=2, max_bytes=100)
     outbox.put(message())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import random
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from sottovoce.authority import create_authority, sign_request
 from sottovoce.identity import Identity, Role, TrustAnchor, new_key, signing_request
 from sottovoce.plan import BlobRef, blob_ref
-from sottovoce.wire.messages import Message
+from sottovoce.wire.messages import Message, TaggedVector
 
 AT = datetime.datetime(2026, 12, 1, tzinfo=datetime.UTC)
 FLEET = "choir"
@@ -49,11 +50,21 @@ def _blob_refs() -> st.SearchStrategy[BlobRef]:
     )
 
 
+def _tagged_vectors() -> st.SearchStrategy[TaggedVector]:
+    def vector(size: int, step: int, seed: int) -> TaggedVector:
+        chunks = max(1, -(-size // step))
+        return TaggedVector(size=size, chunk_bytes=step, tags=random.Random(seed).randbytes(16 * chunks))
+
+    return st.builds(vector, st.integers(0, 200), st.integers(1, 40), st.integers(0, 2**32))
+
+
 def values_of(kind: msgspec.inspect.Type) -> st.SearchStrategy[Any]:
     """Return a strategy for every value of the type `kind`, so that a new field is tested without anybody's doing."""
     match kind:
         case msgspec.inspect.StructType(cls=cls) if cls is BlobRef:
             return _blob_refs()
+        case msgspec.inspect.StructType(cls=cls) if cls is TaggedVector:
+            return _tagged_vectors()
         case msgspec.inspect.StructType(cls=cls, fields=fields):
             return st.builds(cls, **{field.name: values_of(field.type) for field in fields})
         case msgspec.inspect.BytesType():

@@ -20,6 +20,7 @@ from sottovoce.wire.messages import (
     COORDINATOR_MESSAGES,
     DEVICE_MESSAGES,
     CheckIn,
+    MaskedInput,
     Message,
     Outcome,
     Ready,
@@ -283,6 +284,36 @@ def test_an_unknown_field_is_refused(fleet):
 def test_a_body_is_parsed_only_as_what_it_is(fleet):
     with pytest.raises(MalformedMessage, match="a Ready where a CheckIn"):
         parse_body(parse(seal(Ready(True), fleet.device, UP)), CheckIn)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"size": 2**63},
+        {"size": -1},
+        {"size": 2**29, "chunk_bytes": 1},
+        {"size": 2**29, "chunk_bytes": 1, "tags": bytes(16 * 1000)},
+        {"chunk_bytes": 0},
+        {"chunk_bytes": 2**40},
+        {"chunk_bytes": -5},
+        {"tags": b""},
+        {"tags": bytes(17)},
+        {"tags": bytes(32)},
+        {"digest": bytes(32)},
+    ],
+)
+def test_a_hostile_announcement_of_a_vector_is_refused_before_anything_is_allocated(fleet, changes):
+    def body(**changes):
+        return msgspec.msgpack.encode([{"size": 10, "chunk_bytes": 10, "tags": bytes(16), **changes}, b""])
+
+    envelope = msgspec.structs.replace(parse(seal(Ready(True), fleet.device, UP)), name="MaskedInput")
+    hostile = msgspec.structs.replace(envelope, body=body(**changes))
+    tracemalloc.start()
+    with pytest.raises(MalformedMessage):
+        parse_body(hostile, MaskedInput)
+    assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    tracemalloc.stop()
+    assert parse_body(msgspec.structs.replace(envelope, body=body()), MaskedInput).vector.chunk_count == 1
 
 
 def hostile_reference(**changes):
