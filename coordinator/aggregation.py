@@ -59,7 +59,8 @@ class UploadSlots:
         if len(granted) < free:
             granted += islice((device for device in self._waiting if offline(device)), free - len(granted))
         for device in granted:
-            self._uploads[device] = _Upload(Assembly(self._waiting.pop(device)), now_ms)
+            ref = self._waiting.pop(device)  # Of the session's own size, which is the plan's, not the device's.
+            self._uploads[device] = _Upload(Assembly(ref, max_bytes=ref.size), now_ms)
         return granted
 
     def add_chunk(self, device: str, index: int, content: Chunk, now_ms: int) -> Assembly[ExpectedVector] | None:

@@ -18,10 +18,10 @@ from models.ops import Tensor
 
 _Outputs = TypeVar("_Outputs")
 _RECTIFIERS = frozenset({"Relu", "Relu6", "Maximum", "Minimum", "ClipByValue"})
-_FUSED_BEFORE = frozenset(
-    {"Reshape", "Squeeze", "ExpandDims", "Identity", "IdentityN", "BiasAdd", "Add", "AddV2", "Sub", "Mul", "RealDiv"}
-)
-"""What the converter moves a rectifier over, or folds into the product, so that the two meet."""
+_REARRANGED = frozenset({"Reshape", "Squeeze", "ExpandDims", "Transpose", "Identity", "IdentityN"})
+"""What the converter moves a rectifier over, whatever shape it is given (as in tf.tensordot), so that the two meet."""
+_FUSED_BEFORE = frozenset({"BiasAdd", "Add", "AddV2", "Sub", "Mul", "RealDiv"})
+"""What the converter folds into the product where the other side is constant."""
 _TRANSPOSITIONS = {"MatMul": ("transpose_a", "transpose_b"), "BatchMatMulV2": ("adj_x", "adj_y")}
 
 
@@ -59,7 +59,7 @@ def _is_rectified(tensor: Tensor, varying: Collection[str]) -> bool:
 def _may_vanish(op: Any, varying: Collection[str]) -> bool:
     """Say whether a rectifier behind `op` may end up in the product before it; one behind a learned bias does not."""
     computed = [tensor for tensor in op.inputs if tensor.op.name in varying]
-    return op.type in _FUSED_BEFORE and (len(computed) == 1 or op.type == "IdentityN")
+    return op.type in _REARRANGED or (op.type in _FUSED_BEFORE and len(computed) == 1)
 
 
 def _as_batched(op: Any) -> Tensor:

@@ -28,6 +28,10 @@ from sottovoce.types import Array
 BATCH_SIZES = (4, 1, 3, 1, 2)
 """Batch sizes of the self-test's five steps."""
 _TOLERANCE = 1e-4
+_DRAWS = tuple((scale, share) for share in (1.0, 0.3, 0.1, 0.03) for scale in (1.0, 1.0, 255.0))
+"""Scale of the features, and share of the learning rate, of one draw after the other; see `_telling`."""
+_ROUNDING = 3e-6
+"""By how much a weight is moved, relatively: ten times what two machines round differently, so that one try tells."""
 
 
 def export(
@@ -128,7 +132,8 @@ def source_of(training: Training, name: str, description: str) -> ProgramSource:
     metrics = training.metrics
     deltas = tuple(port_of(DELTA + each, initial[each]) for each in training.learned)
     batch = (*training.traced.features, *training.labels)
-    batches = random_batches(batch, name)
+    test_broadcast = {**_test_biases(training, initial, name), **_test_moments(training, name)}
+    changed, batches = _telling(training, {**initial, **test_broadcast}, batch, name)
     return ProgramSource(
         name=name,
         description=description or f"A Keras model of {sum(initial[n].size for n in training.learned)} parameters.",
@@ -142,7 +147,7 @@ def source_of(training: Training, name: str, description: str) -> ProgramSource:
         predictions=training.outputs,
         sums=scalar_ports(*metrics, "examples"),
         initial=initial,
-        test_broadcast={**_test_biases(training, initial, name), **_test_moments(training, name)},
+        test_broadcast={**test_broadcast, **changed},
         test_batches=batches,
         reference=lambda broadcast, given: reference_of(training, broadcast, given),
         tolerance=_TOLERANCE,
@@ -169,18 +174,63 @@ def _test_moments(training: Training, name: str) -> dict[str, Array]:
     }
 
 
-def random_batches(ports: Sequence[Port], name: str, sizes: Sequence[int] = BATCH_SIZES) -> list[dict[str, Array]]:
-    """Return batches of `sizes` of random examples that fit `ports`; float labels are one class of each row."""
+def _telling(
+    training: Training, broadcast: Mapping[str, Array], ports: Sequence[Port], name: str
+) -> tuple[dict[str, Array], list[dict[str, Array]]]:
+    """Return what else is broadcast, and the first draw of batches in which rounding does not decide what is learned.
+
+    Behind BatchNormalization of a few examples a rectifier's input may lie so near to its edge that every runtime goes
+    another way, and the steps that follow lead further and further apart. Some draws are of 0..255: under a Rescaling
+    of pixels, those within +-1 all look alike. Where no draw of a learning rate will do, a lower rate is tried.
+    """
+    if not any(each.endswith("moving_variance") for each in training.traced.statistics):
+        return {}, random_batches(ports, name)
+    found: list[tuple[float, dict[str, Array], list[dict[str, Array]]]] = []
+    for attempt, (scale, share) in enumerate(_DRAWS):
+        batches = random_batches(ports, f"{name} {attempt}" if attempt else name, scale=scale)
+        changed = {"learning_rate": broadcast["learning_rate"] * np.float32(share)} if share < 1.0 else {}
+        doubt = _doubt(training, {**broadcast, **changed}, batches)
+        found.append((doubt, changed, batches))
+        if doubt <= _TOLERANCE / 4:
+            break
+    _, changed, batches = min(found, key=lambda one: one[0])
+    return changed, batches
+
+
+def _doubt(training: Training, broadcast: Mapping[str, Array], batches: Sequence[Mapping[str, Array]]) -> float:
+    """Return how far apart Keras comes from weights that differ by rounding, infinite where it meets no numbers."""
+    random = np.random.default_rng(0)
+    near = {
+        n: (v * random.uniform(1 - _ROUNDING, 1 + _ROUNDING, v.shape)).astype(v.dtype) for n, v in broadcast.items()
+    }
+    here, there = (reference_of(training, each, batches) for each in (broadcast, near))
+    furthest = max(float(np.abs(here[each] - there[each]).max(initial=0.0)) for each in here)
+    return furthest if np.isfinite(furthest) else float("inf")
+
+
+def random_batches(
+    ports: Sequence[Port], name: str, sizes: Sequence[int] = BATCH_SIZES, *, scale: float = 1.0
+) -> list[dict[str, Array]]:
+    """Return batches of `sizes` of random examples that fit `ports`; float labels are one class of each row.
+
+    Args:
+        ports: Features and labels.
+        name: The seed.
+        sizes: Number of examples of each batch.
+        scale: Features that are no whole numbers are within +-1, or from 0 to `scale` where it is larger.
+    """
     random = np.random.default_rng(seed_of(f"batches of {name}"))
-    return [{port.name: _draw(random, port, size) for port in ports} for size in sizes]
+    return [{port.name: _draw(random, port, size, scale) for port in ports} for size in sizes]
 
 
-def _draw(random: np.random.Generator, port: Port, size: int) -> Array:
+def _draw(random: np.random.Generator, port: Port, size: int, scale: float) -> Array:
     kind = port.tensor_type
     shape = [size if length is None else length for length in kind.shape]
     if kind.numpy_dtype.kind == "f":
         if port.name.startswith("y") and shape[-1] > 1:
             return np.eye(shape[-1], dtype=np.float32)[random.integers(shape[-1], size=shape[:-1])]
-        return random.uniform(0.0 if port.name.startswith("y") else -1.0, 1.0, shape).astype(np.float32)
+        if port.name.startswith("y"):
+            return random.uniform(0.0, 1.0, shape).astype(np.float32)
+        return random.uniform(0.0 if scale > 1.0 else -1.0, scale, shape).astype(np.float32)
     high = 1 if port.high is None else port.high
     return random.integers(0, high + 1, shape).astype(kind.numpy_dtype)

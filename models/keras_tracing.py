@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from models.gradients import RANDOM, CannotTrain, Uniform, layer_of, replay, scope_of
@@ -162,6 +163,11 @@ def _hold(model: Any, features: set[str], weights: set[str]) -> None:
     for variable in model.trainable_variables:
         if variable.dtype != "float32":
             raise CannotTrain(f"the weight {variable.path!r} is {variable.dtype}; give its layer dtype='float32'")
+    for variable in model.variables:
+        if variable.dtype == "float32" and np.isnan(variable.numpy()).any():
+            raise CannotTrain(
+                f"the weight {variable.path!r} holds NaN; load the weights again, or train them with a smaller rate"
+            )
     for name in sorted(features):
         if name in weights | {"y", "learning_rate", "prediction"} or name.startswith(("local_", "y_", "prediction_")):
             raise CannotTrain(f"input {name!r} has a name that means something else here; call it otherwise")
@@ -184,7 +190,10 @@ def features_of(model: Any, batch_spec: Mapping[str, str] | None = None) -> tupl
             raise CannotTrain(f"batch_spec names {len(batch_spec)} inputs and the model has {len(inputs or '?')}")
         return tuple(_specified(name, kind) for name, kind in batch_spec.items())
     if not inputs:
-        raise CannotTrain("the model does not say what it reads; pass batch_spec, as {'x': 'float32[?,28,28,1]'}")
+        raise CannotTrain(
+            "the model does not say what it reads; put it behind an input, keras.Sequential([keras.Input((28, 28, 1)), "
+            "model]), or in Python pass export batch_spec={'x': 'float32[?,28,28,1]'}"
+        )
     names = ["x"] if len(inputs) == 1 else [tensor.name for tensor in inputs]
     return tuple(_feature(model, name, tensor) for name, tensor in zip(names, inputs, strict=True))
 

@@ -107,7 +107,7 @@ class ProcessFleet:
         self.config.write_text(settings)
 
     def allow(self, device: str, **policy: object) -> None:
-        """Write rules of the owner's policy into the agent.toml of `device`, in place of the defaults."""
+        """Write settings into the agent.toml of `device`, in place of the defaults."""
         settings = self.home(device).config
         text = settings.read_text()
         for rule, value in policy.items():

@@ -68,7 +68,7 @@ class Trial:
     # --- preparing ----------------------------------------------------------------------------------------------------
 
     def allow(self, device: str, **policy: object) -> None:
-        """Write rules of the owner's policy into the agent.toml of `device`, in place of the defaults."""
+        """Write settings into the agent.toml of `device`, in place of the defaults."""
         self.fleet.allow(device, **policy)
 
     def slow_down(self, devices: Iterable[str], *, delay_s: float) -> None:

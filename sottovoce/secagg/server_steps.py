@@ -30,7 +30,7 @@ from sottovoce.secagg.server_stages import (
 )
 from sottovoce.secagg.transcript import DIGEST_BYTES, Agreement, survivors_digest
 from sottovoce.secagg.uploads import ExpectedVector, expect
-from sottovoce.wire.chunks import Assembly
+from sottovoce.wire.chunks import MIN_FRAGMENT_BYTES, Assembly
 from sottovoce.wire.codec import Opened
 from sottovoce.wire.messages import (
     AdvertiseKeys,
@@ -48,6 +48,9 @@ from sottovoce.wire.messages import (
 
 _CIPHERTEXT_BYTES = 2 * shamir.SHARE_BYTES + keys.TAG_BYTES
 _WIDEST_WORD_BYTES = 8
+_MOST_SMALL_CHUNKS = 64
+"""A vector in more chunks has larger ones, of MIN_FRAGMENT_BYTES: every chunk is answered with a bitmap of all, so a
+device with tens of thousands of tiny ones would make the coordinator do a hundred times its own work."""
 
 
 def take_advertisement(agreement: Agreement, stage: AdvertisingKeys, opened: Opened[AdvertiseKeys]) -> None:
@@ -82,7 +85,8 @@ def take_announcement(agreement: Agreement, stage: CollectingInputs, opened: Ope
 
     Raises:
         RemoteProtocolError: The member has not shared keys in time.
-        MalformedMessage: The vector does not have the session's length, or not one token comes for every neighbour.
+        MalformedMessage: The vector does not have the session's length, or is cut into too many small chunks, or not
+            one token comes for every neighbour.
     """
     position = _position(stage.cohort, opened.certificate)
     if position not in stage.commitments:
@@ -90,6 +94,8 @@ def take_announcement(agreement: Agreement, stage: CollectingInputs, opened: Ope
     vector, member = opened.message.vector, stage.cohort.members[position]
     if vector.size != agreement.parameters.vector_bytes:
         raise MalformedMessage(f"{member.device} announced {vector.size} bytes, not the session's vector")
+    if vector.chunk_count > _MOST_SMALL_CHUNKS and vector.chunk_bytes < MIN_FRAGMENT_BYTES:
+        raise MalformedMessage(f"{member.device} cut its vector into {vector.chunk_count} chunks, each too small")
     tokens = _tokens_by_neighbour(agreement, stage, position, opened.message.inclusions)
     stage.announced[position] = expect(vector, stage.upload_keys[position])
     stage.inclusions[position] = tokens

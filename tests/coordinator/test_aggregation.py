@@ -10,6 +10,8 @@ from coordinator.aggregation import NoSlot, UploadSlots
 from coordinator.cohort import choose_cohort
 from sottovoce.errors import BadBlob
 from sottovoce.secagg.uploads import expect, tag_vector
+from sottovoce.wire.chunks import MAX_ASSEMBLY_BYTES
+from sottovoce.wire.messages import TaggedVector
 
 VECTOR = bytes(range(250))
 KEY = b"k" * 32
@@ -116,6 +118,15 @@ def test_a_long_queue_is_not_searched_for_every_slot() -> None:
     assert slots.reclaim(0, offline=offline) == []
     assert slots.reclaim(1000, offline=offline) == ["pi-1", "pi-2"]
     assert len(asked) < 20
+
+
+def test_a_vector_larger_than_most_blobs_gets_its_slot_as_any_other() -> None:
+    size, chunk_bytes = MAX_ASSEMBLY_BYTES + 8, 2**18
+    announced = TaggedVector(size=size, chunk_bytes=chunk_bytes, tags=bytes(16 * (-(-size // chunk_bytes))))
+    slots = UploadSlots(limit=1, idle_ms=1000)
+    slots.enqueue("a", expect(announced, KEY))
+    assert slots.grant(0, offline=_nobody) == ["a"]
+    assert slots.progress("a") is not None
 
 
 def test_no_more_slots_are_taken_back_than_others_can_use() -> None:

@@ -31,6 +31,8 @@ _RECTIFIED: dict[str, Callable[[Any, Any], Any]] = {
     "after a frozen bias, as Keras adds it": lambda x, k: tf.nn.relu(
         x @ k + tf.squeeze(tf.reshape(tf.zeros(6), [1, 6]), 0)
     ),
+    "after a transposition": lambda x, k: tf.nn.relu(tf.transpose(x @ k)),
+    "a product along the last axis": lambda x, k: tf.nn.relu(tf.tensordot(tf.reshape(x, [-1, 2, 8]), k, 1)),
     "before a reshape": lambda x, k: tf.reshape(tf.nn.relu(x @ k), [-1, 2, 3]),
     "after a constant factor": lambda x, k: tf.nn.relu((x @ k) * 1.0),
     "the right side transposed": lambda x, k: tf.nn.relu(tf.matmul(x, tf.transpose(k), transpose_b=True)),

@@ -101,7 +101,8 @@ def test_an_export_says_what_the_bundle_costs(source: Path, capsys: pytest.Captu
     out = source.parent / "good.svp"
     arguments = ["export", f"{source}:good", "--out", str(out), "--loss", "sparse_categorical_crossentropy"]
     assert main(arguments) == 0
-    printed = capsys.readouterr().out
+    printed, progress = capsys.readouterr()
+    assert "now converting" in progress
     assert f"{out.stat().st_size} bytes" in printed
     assert "15 learned, 28 frozen" in printed
     assert "ms for a step of 10" in printed

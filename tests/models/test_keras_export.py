@@ -337,3 +337,26 @@ def test_a_frozen_backbone_as_int8_under_a_head_that_learns() -> None:
     assert difference <= 1e-5
     assert small.results[0].updates == ("head_kernel", "head_bias")
     assert len(small.flatbuffers["step"]) < 4 * backbone.count_params()
+
+
+def _mobile_net() -> Any:
+    """Return a little MobileNet for pixels of 0..255; smaller ones leave its rectifiers on their edges."""
+    keras.utils.set_random_seed(0)
+    blocks = [layers.Conv2D(8, 3, strides=2, padding="same", use_bias=False), layers.BatchNormalization()]
+    for _ in range(3):
+        blocks += [layers.ReLU(6.0), layers.Conv2D(32, 1, use_bias=False), layers.BatchNormalization()]
+        blocks += [layers.ReLU(6.0), layers.DepthwiseConv2D(3, padding="same", use_bias=False)]
+        blocks += [layers.BatchNormalization()]
+    ends = [layers.ReLU(6.0), layers.GlobalAveragePooling2D(), layers.Dense(5)]
+    return keras.Sequential([keras.Input((16, 16, 3)), layers.Rescaling(1 / 127.5, offset=-1), *blocks, *ends])
+
+
+def test_the_self_test_is_not_decided_by_rounding() -> None:
+    """Weights that differ in their last bit, as devices do, learn the same of its batches."""
+    training = training_of(_mobile_net(), loss=keras.losses.SparseCategoricalCrossentropy(True), optimizer="sgd")
+    for name in ("first", "a"):
+        source = source_of(training, name, "")
+        broadcast = {**source.initial, **source.test_broadcast}
+        near = {each: np.nextafter(value, np.float32(9)) for each, value in broadcast.items()}
+        here, there = (source.reference(each, source.test_batches) for each in (broadcast, near))
+        assert max(np.abs(here[each] - there[each]).max() for each in here) <= source.tolerance

@@ -255,3 +255,13 @@ def test_a_loss_and_its_gradient_are_those_of_keras(loss: Any) -> None:
         total = loss(labels, output)
     for found, expected in zip(ours(output, labels), (total, tape.gradient(total, output)), strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("is_frozen", [False, True])
+def test_a_weight_that_is_no_number_is_named(is_frozen: bool) -> None:
+    model = around()
+    kernel = model.get_layer("first").kernel
+    kernel.assign(np.full(kernel.shape, np.nan))
+    model.get_layer("first").trainable = not is_frozen
+    with pytest.raises(CannotTrain, match="first/kernel' holds NaN; load the weights"):
+        lint(model)

@@ -212,6 +212,7 @@ def test_an_agent_killed_in_training_goes_on_with_the_batch_that_was_cut_off() -
         for seed, device in enumerate(devices):
             trial.allow(device, minimum_cohort=4, minimum_honest_survivors=2)
             trial.fleet.give_examples(device, "digits", written_digits(seed, 400 if device == busy else 10))
+        trial.allow(busy, checkpoint_s=0)
         trial.submit(training_task("patience", goal=4, minimum=4, rounds=1))
         trial.start(devices)
         trial.fleet.start_coordinator(until_done=False)

@@ -780,6 +780,31 @@ def test_a_tag_of_another_device_is_refused(fleet: Any) -> None:
     assert copier in rehearsal.server.waiting_for()
 
 
+@pytest.mark.parametrize(
+    ("vector_bytes", "chunk_bytes", "taken"),
+    [(72, 1, False), (64 * 1023, 1023, True), (65 * 1023 + 1, 1023, False), (65 * 1024, 1024, True)],
+)
+def test_a_vector_in_many_tiny_chunks_is_refused_before_anything_is_kept_of_it(
+    fleet: Any, vector_bytes: int, chunk_bytes: int, taken: bool
+) -> None:
+    """Every chunk is answered with a bitmap of all: 65,000 of them would cost the coordinator 6 ms and 8 kB each."""
+    rehearsal = dataclasses.replace(fleet, vector_bytes=vector_bytes).rehearse(6)
+    device = rehearsal.devices[0]
+    requests = rehearsal.run_until(CollectingInputs)
+    right = rehearsal.clients[device].receive(requests[device])
+    key = rehearsal.server.stage.upload_keys[rehearsal.server.stage.cohort.position_of[device]]
+    cut = tag_vector(rehearsal.clients[device].masked_vector, key, chunk_bytes=chunk_bytes)
+    if taken:
+        rehearsal.send(device, replace(right, vector=cut))
+    else:
+        with pytest.raises(MalformedMessage, match="each too small"):
+            rehearsal.send(device, replace(right, vector=cut))
+        assert rehearsal.server.expected_vector(device) is None
+        rehearsal.send(device, right)
+    rehearsal.upload(device)
+    assert device not in rehearsal.server.waiting_for()
+
+
 def replace_tags(expected: Any, tags: bytes) -> Any:
     return dataclasses.replace(expected, tags=tags)
 
