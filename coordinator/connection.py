@@ -207,7 +207,7 @@ class FleetConnection:
 
         Raises:
             ConfigError: The request cannot be run at all, or something else was asked under its key.
-        ProgramError: Its client program does not fit what is asked; nothing was asked.
+            ProgramError: Its client program does not fit what is asked; nothing was asked.
             RoundAbandoned: It did not commit in time; the text gives the last reason and what to do.
             TransportError: The coordinator has gone and does not come back.
         """

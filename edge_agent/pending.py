@@ -2,8 +2,8 @@
 
 Nothing here is precious: a file that is damaged, foreign or too old is discarded with a line that says so, and the work
 is done again. Everything has two files that are written in turn: a kill in the middle of a write leaves the other one.
-Replacing one file by rename would be as safe, but file systems flush such a file to the disk at once: after every batch
-that is slow, and wears out an SD card.
+Replacing one file by rename would be as safe, but file systems flush such a file to the disk at once: for
+checkpoints that is slow, and wears out an SD card.
 """
 
 from __future__ import annotations

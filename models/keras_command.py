@@ -58,13 +58,12 @@ def load(name: str) -> Any:
     source, _, function = name.partition(":")
     if not function:
         raise ConfigError(f"{name!r} is neither a .keras file nor file.py:function nor package.module:function")
-    found = getattr(_module(source), function, None)
-    if found is None:
+    model = getattr(_module(source), function, None)
+    if model is None:
         raise ConfigError(f"{source} has no {function!r}")
-    if callable(found) and not isinstance(found, keras.Model):
+    if callable(model) and not isinstance(model, keras.Model):
         with _authors_errors(source):
-            found = found()
-    model = found
+            model = model()
     if not isinstance(model, keras.Model):
         raise ConfigError(f"{name} is a {type(model).__name__}, not a Keras model")
     return model

@@ -166,7 +166,7 @@ def run_with_tensorflow(
     """Return what `finish` and the summed metrics must be, by TensorFlow's eager operations.
 
     Args:
-        functions: `begin`, `step` and `finish`, of `Plain` operations and their own gradients.
+        functions: `begin`, `step` and `finish`, with their own gradients.
         broadcast: One array for each broadcast port.
         batches: What `step` is fed.
         metrics: Names of the outputs of `step` that are summed rather than passed on.

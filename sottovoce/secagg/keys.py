@@ -29,8 +29,8 @@ INCLUSION_BYTES = 16
 """Length of an inclusion token."""
 MASK_KEY_BYTES: dict[Cipher, int] = {"aes-128-ctr": 16, "chacha20": 32}
 """Length of a mask stream's key, by cipher."""
-_SHARE_CIPHER = "chacha20-poly1305"
-_SHARE_KEY_BYTES = 32
+_AEAD = "chacha20-poly1305"
+_AEAD_KEY_BYTES = 32
 _ONE_TIME_NONCE = bytes(12)
 _SHA256 = SHA256()
 _FIRST_BLOCK = b"\x01"
@@ -146,8 +146,8 @@ def pairwise_mask_key(secret: bytes, *, session: bytes, lower: str, upper: str, 
 
 def share_channel_key(between: Channel, *, sender: str, recipient: str) -> bytes:
     """Return the key that encrypts the shares from `sender` to `recipient`; the other direction has another."""
-    names = (sender, recipient, _SHARE_CIPHER)
-    return _expanded(between._extraction.copy(), _SHARE_KEY_BYTES, labels.SHARE_CHANNEL, names)
+    names = (sender, recipient, _AEAD)
+    return _expanded(between._extraction.copy(), _AEAD_KEY_BYTES, labels.SHARE_CHANNEL, names)
 
 
 def inclusion_token(between: Channel, *, sender: str, recipient: str) -> bytes:
@@ -157,7 +157,7 @@ def inclusion_token(between: Channel, *, sender: str, recipient: str) -> bytes:
 
 def upload_key(secret: bytes, *, session: bytes, device: str) -> bytes:
     """Return the key that tags the chunks of the one masked vector of `device`; the coordinator has it, too."""
-    return _derive(secret, session, _SHARE_KEY_BYTES, labels.UPLOAD, device, _SHARE_CIPHER)
+    return _derive(secret, session, _AEAD_KEY_BYTES, labels.UPLOAD, device, _AEAD)
 
 
 def encrypt_shares(key: bytes, shares: bytes, *, session: bytes) -> bytes:

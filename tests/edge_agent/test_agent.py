@@ -246,6 +246,17 @@ def slow_plan(world: Any) -> Any:
     return msgspec.structs.replace(world.coordinator.plan, work=LocalWork(epochs=20, batch_size=2))
 
 
+def start_of_slow_training(world: Any) -> Any:
+    """Return the agent of pi-0, enrolled, started and selected for 200 batches, of which none is run."""
+    world.coordinator.plan = slow_plan(world)
+    world.enrol("pi-0")
+    agent = world.start("pi-0")
+    world.coordinator.announce()
+    world.settle()
+    world.coordinator.select(["pi-0"])
+    return agent
+
+
 def test_a_pending_result_is_used_in_the_next_attempt_without_training_again(world: Any) -> None:
     devices = world.fleet(4)
     world.train(devices)
@@ -561,12 +572,7 @@ def restart(world: Any, name: str) -> Any:
 
 
 def test_killed_in_training_a_device_goes_on_with_the_next_batch(world: Any) -> None:
-    world.coordinator.plan = slow_plan(world)
-    world.enrol("pi-0")
-    agent = world.start("pi-0")
-    world.coordinator.announce()
-    world.settle()
-    world.coordinator.select(["pi-0"])
+    agent = start_of_slow_training(world)
     run = 0
     for stop_after in (7, 23):
         bench = agent._bench
@@ -582,12 +588,7 @@ def test_killed_in_training_a_device_goes_on_with_the_next_batch(world: Any) -> 
 
 def test_a_checkpoint_is_written_only_when_the_last_one_is_old_enough(world: Any) -> None:
     world.checkpoint_s = 5.0
-    world.coordinator.plan = slow_plan(world)
-    world.enrol("pi-0")
-    agent = world.start("pi-0")
-    world.coordinator.announce()
-    world.settle()
-    world.coordinator.select(["pi-0"])
+    agent = start_of_slow_training(world)
     world.until(lambda: agent._bench.batches == 7)
     assert not list(world.homes["pi-0"].pending.glob("checkpoint-*"))
     world.pass_time(5000)
@@ -601,12 +602,7 @@ def test_a_checkpoint_is_written_only_when_the_last_one_is_old_enough(world: Any
 
 def test_stopped_in_an_orderly_way_in_training_a_device_goes_on_with_the_next_batch(world: Any) -> None:
     world.checkpoint_s = 3600.0
-    world.coordinator.plan = slow_plan(world)
-    world.enrol("pi-0")
-    agent = world.start("pi-0")
-    world.coordinator.announce()
-    world.settle()
-    world.coordinator.select(["pi-0"])
+    agent = start_of_slow_training(world)
     world.until(lambda: agent._bench.batches == 7)
     agent.close()
     del world.agents["pi-0"]
