@@ -208,16 +208,19 @@ def _read_secrets(
         case KeysShared(mask=mask):
             masks[device] = mask
         case InputMasked(held=held):
-            entrusted[device] = {position: shares.mask_key for position, shares in held.items()}
+            entrusted[device] = {position: shares[shamir.SHARE_BYTES :] for position, shares in held.items()}
         case _:
             pass
 
 
 def _revealed_self_seed(record: Record, position: int) -> bytes:
-    given = {
-        record.cohort.position_of[device]: dict(answer.self_seed_shares)[position]
-        for device, answer in record.answers.items()
-    }
+    given: dict[int, bytes] = {}
+    for device, answer in record.answers.items():
+        holder = record.cohort.position_of[device]
+        owners = record.cohort.shape.share_holders(holder)  # The graph is symmetric, and nobody was missing.
+        if position in owners:
+            start = shamir.SHARE_BYTES * owners.index(position)
+            given[holder] = answer.shares[start : start + shamir.SHARE_BYTES]
     return _interpolated(record, given)
 
 
@@ -232,5 +235,5 @@ def _pooled_mask_key(record: Record, position: int, held: Collection[str]) -> ke
 
 
 def _interpolated(record: Record, given: Mapping[int, bytes]) -> bytes:
-    limbs = shamir.parse_shares(tuple(given.values()))
+    limbs = shamir.parse_shares(b"".join(given.values()))
     return shamir.secret_of(shamir.interpolate(record.cohort.shape.points(tuple(given)), limbs[:, None, :])[0])

@@ -25,6 +25,7 @@ from rich.table import Table
 from simulation.secagg_bench_fleet import CHAINS, SIGNATURES, Meter, cold_chain_seconds, enrol
 from simulation.secagg_bench_floor import device_counts, server_counts
 from simulation.secagg_bench_run import (
+    ANSWERS_AT_ONCE,
     ENCODING,
     SESSION,
     UPLOAD,
@@ -214,6 +215,12 @@ def _parse(arguments: Sequence[str] | None) -> tuple[Options, str | None]:
     parser.add_argument("--bits", type=int, default=16, help="width of one entry before summation (default 16)")
     parser.add_argument("--cipher", choices=get_args(Cipher), default="aes-128-ctr", help="of the masks")
     parser.add_argument("--workers", type=int, default=1, help="threads that take the masks off the sum (default 1)")
+    parser.add_argument(
+        "--uploads-at-once",
+        type=_count,
+        default=ANSWERS_AT_ONCE,
+        help=f"masked vectors that wait for the coordinator, which takes them in a row (default {ANSWERS_AT_ONCE})",
+    )
     parser.add_argument("--seed", type=int, default=1, help="of the updates and of who drops out")
     parser.add_argument("--json", metavar="FILE", help="also write every figure there; - is standard output, alone")
     chosen = parser.parse_args(arguments)
@@ -232,8 +239,15 @@ def _parse(arguments: Sequence[str] | None) -> tuple[Options, str | None]:
         workers=chosen.workers,
         seed=chosen.seed,
         graph=chosen.graph,
+        uploads_at_once=chosen.uploads_at_once,
     )
     return options, chosen.json
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
+    return int(text)
 
 
 def _graph(text: str) -> str:

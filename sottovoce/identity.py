@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NoReturn, TypeAlias
 
+import msgspec
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
@@ -41,9 +42,8 @@ _END_OF_TIME = datetime.datetime(9999, 1, 1, tzinfo=datetime.UTC)
 _READABLE_BY_OTHERS = 0o077
 
 
-@dataclass(frozen=True, slots=True)
-class SignedContext:
-    """What a signature is bound to beside the message itself.
+class SignedContext(msgspec.Struct, frozen=True):
+    """What a signature is bound to beside the message itself. A struct, because thousands are made in a round.
 
     Attributes:
         sender: Name of the signer.

@@ -83,36 +83,6 @@ class Seat:
 
 
 @dataclass(frozen=True, slots=True)
-class ChannelKeys:
-    """What two neighbours alone can derive, from this device's point of view. In curious mode the tokens are empty.
-
-    Attributes:
-        incoming: Key of the shares that the neighbour sends.
-        inclusion_sent: Token that this device masked with the neighbour.
-        inclusion_wanted: Token that the neighbour masked with this device.
-    """
-
-    incoming: bytes = field(repr=False)
-    inclusion_sent: bytes = field(repr=False)
-    inclusion_wanted: bytes = field(repr=False)
-
-
-@dataclass(frozen=True, slots=True)
-class HeldShares:
-    """What a neighbour has entrusted to this device: one share of each of its secrets.
-
-    Attributes:
-        self_seed: Share of its self seed.
-        mask_key: Share of its mask key.
-        inclusion: The token that it makes if it masks with this device; empty in curious mode.
-    """
-
-    self_seed: bytes = field(repr=False)
-    mask_key: bytes = field(repr=False)
-    inclusion: bytes = field(repr=False)
-
-
-@dataclass(frozen=True, slots=True)
 class Prepared:
     """The plain vector is ready; nothing has been sent."""
 
@@ -136,7 +106,7 @@ class KeysShared:
     Attributes:
         vector: Plain.
         seat: This device's place.
-        channels: Position -> what only this neighbour and this device know.
+        channels: Position -> the channel between this neighbour and this device.
         mask: Mask key pair.
         self_seed: b.
         own_share: This device's own share of b; empty on a ring, where only neighbours hold one.
@@ -145,7 +115,7 @@ class KeysShared:
 
     vector: bytearray = field(repr=False)
     seat: Seat
-    channels: Mapping[int, ChannelKeys] = field(repr=False)
+    channels: Mapping[int, keys.Channel] = field(repr=False)
     mask: keys.KeyPair = field(repr=False)
     self_seed: bytes = field(repr=False)
     own_share: bytes = field(repr=False)
@@ -154,11 +124,21 @@ class KeysShared:
 
 @dataclass(frozen=True, slots=True)
 class InputMasked:
-    """The vector is masked in place, its plain form and the own secrets are gone; shares are held."""
+    """The vector is masked in place, its plain form and the own secrets are gone; shares are held.
+
+    Attributes:
+        vector: Masked.
+        seat: This device's place.
+        held: Position -> what this neighbour has entrusted to this device: a share of its self seed, then one of its
+            mask key.
+        inclusions: Position -> the token that this neighbour makes if it masks with this device; none in curious mode.
+        own_share: This device's own share of its self seed; empty on a ring.
+    """
 
     vector: bytearray = field(repr=False)
     seat: Seat
-    held: Mapping[int, HeldShares] = field(repr=False)
+    held: Mapping[int, bytes] = field(repr=False)
+    inclusions: Mapping[int, bytes] = field(repr=False)
     own_share: bytes = field(repr=False)
 
 

@@ -7,7 +7,7 @@ form must not exist beside its masked one.
 from __future__ import annotations
 
 import hmac
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from sottovoce.errors import (
     ConfigError,
@@ -20,8 +20,6 @@ from sottovoce.errors import (
 from sottovoce.secagg import graph, keys, segments, shamir
 from sottovoce.secagg.client_stages import (
     Advertised,
-    ChannelKeys,
-    HeldShares,
     InputMasked,
     KeysShared,
     Prepared,
@@ -91,13 +89,10 @@ def share_keys(setting: Setting, stage: Advertised, roster: Roster) -> tuple[Key
         entropy=setting.entropy,
     )
     shares = dict(zip(holders, rows, strict=True))
-    outgoing, channels = _channel_keys(setting, stage, seat)
-    ciphertexts = tuple(
-        keys.encrypt_shares(key, b"".join(shares[position]), session=shape.session)
-        for position, key in outgoing.items()
-    )
+    channels = _channels(stage, seat)
+    ciphertexts = _encrypt_shares(setting.device, seat, channels, shares)
     commitment = commitment_to(self_seed, session=shape.session, position=seat.position)
-    own_share = shares[seat.position][0] if shape.graph.complete else b""
+    own_share = shares[seat.position][: shamir.SHARE_BYTES] if shape.graph.complete else b""
     uploading = stage.channel.agree(setting.agreement.upload_key)
     upload_key = keys.upload_key(uploading, session=shape.session, device=setting.device)
     following = KeysShared(stage.vector, seat, channels, stage.mask, self_seed, own_share, upload_key)
@@ -109,22 +104,22 @@ def mask_input(setting: Setting, stage: KeysShared, request: MaskedInputRequest)
 
     Raises:
         PolicyRefusal: So few shared keys that too few can survive.
-        RemoteProtocolError, MalformedMessage: Fewer sharers than the threshold; unknown, repeated or unsorted ones.
+        RemoteProtocolError, MalformedMessage: Fewer sharers than the threshold; unknown, repeated or unsorted ones;
+            not one ciphertext for each of them.
         BadShare: A neighbour's shares do not decrypt, or a limb is out of range.
         LowOrderPoint: A neighbour's key is of low order.
     """
-    positions = tuple(position for position, _ in request.shares)
-    _require_rising(positions, allowed=stage.seat.neighbours)
-    _require_neighbourhood(stage.seat, (stage.seat.position, *positions))
+    senders = request.senders
+    _require_rising(senders, allowed=stage.seat.neighbours)
+    _require_neighbourhood(stage.seat, (stage.seat.position, *senders))
     if stage.seat.shape.graph.complete:  # On a ring a device sees its own neighbourhood only, until U3 is shown.
-        _require_members(setting, stage.seat, 1 + len(positions))
-    held = {position: _open_shares(stage, position, content) for position, content in request.shares}
-    shamir.parse_shares([share for pair in held.values() for share in (pair.self_seed, pair.mask_key)])
-    _mask_in_place(setting, stage, positions)
+        _require_members(setting, stage.seat, 1 + len(senders))
+    held = _decrypt_shares(setting.device, stage, request)
+    sent, wanted = _inclusion_tokens(setting, stage, senders)
+    _mask_in_place(setting, stage, senders)
     announced = tag_vector(stage.vector, stage.upload_key, chunk_bytes=setting.chunk_bytes)
-    inclusions = b"".join(stage.channels[position].inclusion_sent for position in positions)
-    following = InputMasked(stage.vector, stage.seat, held, stage.own_share)
-    return following, MaskedInput(vector=announced, inclusions=inclusions)
+    following = InputMasked(stage.vector, stage.seat, held, wanted, stage.own_share)
+    return following, MaskedInput(vector=announced, inclusions=sent)
 
 
 def sign_survivors(
@@ -223,39 +218,70 @@ def _shape_told(setting: Setting, roster: Roster, leaves: Sequence[bytes]) -> Sh
         raise RemoteProtocolError(f"an impossible roster: {error}") from error
 
 
-def _channel_keys(setting: Setting, stage: Advertised, seat: Seat) -> tuple[dict[int, bytes], dict[int, ChannelKeys]]:
-    """Return the key of the shares sent to every neighbour, and what is kept of its channel, by position."""
-    session, device = seat.shape.session, setting.device
-    active = setting.agreement.parameters.mode == "active"
-    outgoing: dict[int, bytes] = {}
-    kept: dict[int, ChannelKeys] = {}
-    for position, neighbour in seat.neighbours.items():
-        channel, peer = keys.channel(stage.channel.agree(neighbour.channel_key), session=session), neighbour.device
-        outgoing[position] = keys.share_channel_key(channel, sender=device, recipient=peer)
-        incoming = keys.share_channel_key(channel, sender=peer, recipient=device)
-        sent = wanted = b""
-        if active:
-            sent = keys.inclusion_token(channel, sender=device, recipient=peer)
-            wanted = keys.inclusion_token(channel, sender=peer, recipient=device)
-        kept[position] = ChannelKeys(incoming, inclusion_sent=sent, inclusion_wanted=wanted)
-    return outgoing, kept
+def _channels(stage: Advertised, seat: Seat) -> dict[int, keys.Channel]:
+    """Return the channel with every neighbour, by position."""
+    session, agree = seat.shape.session, stage.channel.agree
+    return {
+        position: keys.channel(agree(neighbour.channel_key), session=session)
+        for position, neighbour in seat.neighbours.items()
+    }
 
 
-def _open_shares(stage: KeysShared, position: int, ciphertext: bytes) -> HeldShares:
-    channel = stage.channels[position]
-    content = keys.decrypt_shares(channel.incoming, ciphertext, session=stage.seat.shape.session)
-    return HeldShares(content[: shamir.SHARE_BYTES], content[shamir.SHARE_BYTES :], channel.inclusion_wanted)
+def _encrypt_shares(
+    device: str, seat: Seat, channels: Mapping[int, keys.Channel], shares: Mapping[int, bytes]
+) -> bytes:
+    """Return the ciphertexts for all neighbours, one after another; `shares` are by position."""
+    session, neighbours = seat.shape.session, seat.neighbours
+    return b"".join(
+        keys.encrypt_shares(
+            keys.share_channel_key(channel, sender=device, recipient=neighbours[position].device),
+            shares[position],
+            session=session,
+        )
+        for position, channel in channels.items()
+    )
+
+
+def _decrypt_shares(device: str, stage: KeysShared, request: MaskedInputRequest) -> dict[int, bytes]:
+    """Return what each sender has entrusted to this device, by position: a share of its self seed, one of its key."""
+    session, neighbours, size = stage.seat.shape.session, stage.seat.neighbours, keys.CIPHERTEXT_BYTES
+    ciphertexts = [request.ciphertexts[at : at + size] for at in range(0, len(request.ciphertexts), size)]
+    if len(request.ciphertexts) != size * len(request.senders):
+        raise MalformedMessage("there must be one ciphertext for every neighbour that shared keys")
+    held = {
+        position: keys.decrypt_shares(
+            keys.share_channel_key(stage.channels[position], sender=neighbours[position].device, recipient=device),
+            ciphertext,
+            session=session,
+        )
+        for position, ciphertext in zip(request.senders, ciphertexts, strict=True)
+    }
+    shamir.parse_shares(b"".join(held.values()))
+    return held
+
+
+def _inclusion_tokens(
+    setting: Setting, stage: KeysShared, positions: Sequence[int]
+) -> tuple[bytes, Mapping[int, bytes]]:
+    """Return the tokens that this device masks with each of `positions`, joined, and those that it wants of them."""
+    if setting.agreement.parameters.mode != "active":
+        return b"", {}
+    device, channels = setting.device, stage.channels
+    peers = {position: stage.seat.neighbours[position].device for position in positions}
+    sent = [keys.inclusion_token(channels[p], sender=device, recipient=peer) for p, peer in peers.items()]
+    wanted = {p: keys.inclusion_token(channels[p], sender=peer, recipient=device) for p, peer in peers.items()}
+    return b"".join(sent), wanted
 
 
 def _mask_in_place(setting: Setting, stage: KeysShared, positions: Sequence[int]) -> None:
     """Add the self mask and one pairwise mask per neighbour that shared keys, the lower position adds; then pack."""
-    session, cipher = stage.seat.shape.session, setting.agreement.parameters.cipher
-    own_key = keys.self_mask_key(stage.self_seed, session=session, device=setting.device, cipher=cipher)
+    session, cipher, device = stage.seat.shape.session, setting.agreement.parameters.cipher, setting.device
+    own_key = keys.self_mask_key(stage.self_seed, session=session, device=device, cipher=cipher)
     added: list[bytes] = [own_key]
     subtracted: list[bytes] = []
     for position in positions:
         neighbour, first = stage.seat.neighbours[position], stage.seat.position < position
-        lower, upper = (setting.device, neighbour.device) if first else (neighbour.device, setting.device)
+        lower, upper = (device, neighbour.device) if first else (neighbour.device, device)
         secret = stage.mask.agree(neighbour.mask_key)
         key = keys.pairwise_mask_key(secret, session=session, lower=lower, upper=upper, cipher=cipher)
         (added if first else subtracted).append(key)
@@ -326,19 +352,17 @@ def _check_inclusions(stage: InputMasked, request: UnmaskingRequest) -> None:
     for the self seeds of members whose pairwise masks all lie on the other.
     """
     alive = set(request.survivors)
-    wanted = b"".join(held.inclusion for position, held in stage.held.items() if position in alive)
+    wanted = b"".join(token for position, token in stage.inclusions.items() if position in alive)
     if not hmac.compare_digest(wanted, request.inclusions):
         raise CryptoError("a neighbour among the survivors has not masked with this device")
 
 
 def _shares_for(stage: InputMasked, survivors: Sequence[int]) -> Unmasking:
     """Return one share per owner, never both kinds: which one follows from the single survivor set."""
-    seat, alive = stage.seat, set(survivors)
-    seeds = {position: held.self_seed for position, held in stage.held.items()} | {seat.position: stage.own_share}
-    return Unmasking(
-        self_seed_shares=tuple((position, seeds[position]) for position in seat.holders if position in alive),
-        mask_key_shares=tuple((p, held.mask_key) for p, held in stage.held.items() if p not in alive),
-    )
+    alive, size = set(survivors), shamir.SHARE_BYTES
+    shares = {p: content[:size] if p in alive else content[size:] for p, content in stage.held.items()}
+    shares[stage.seat.position] = stage.own_share
+    return Unmasking(shares=b"".join(shares[position] for position in sorted(shares)))
 
 
 def _require_rising(positions: Sequence[int], *, allowed: Collection[int]) -> None:

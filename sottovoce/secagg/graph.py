@@ -101,13 +101,14 @@ class Graph:
         (place,) = np.flatnonzero(order == position)
         return tuple(np.sort(order[(place + _offsets(self.neighbour_count)) % self.members]).tolist())
 
-    def all_neighbours(self) -> list[tuple[int, ...]]:
-        """Return the neighbours of every position, in one go."""
+    def all_neighbours(self) -> Positions:
+        """Return the neighbours of every position, ascending, in one go: shape (members, neighbour_count)."""
         if self.complete:
-            return [self.neighbours(position) for position in range(self.members)]
+            others = np.broadcast_to(np.arange(self.neighbour_count), (self.members, self.neighbour_count))
+            return others + (others >= np.arange(self.members)[:, None])
         order = self.order()
         around = (_places(order)[:, None] + _offsets(self.neighbour_count)) % self.members
-        return [tuple(row) for row in np.sort(order[around], axis=1).tolist()]
+        return np.sort(order[around], axis=1)
 
     def share_holders(self, position: int) -> tuple[int, ...]:
         """Return the positions that hold a share of the self seed of `position`, ascending: in a complete graph, all.

@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.hmac import HMAC
 
 from sottovoce.errors import BadShare, CryptoError, LowOrderPoint
-from sottovoce.secagg import labels
+from sottovoce.secagg import labels, shamir
 from sottovoce.secagg.transcript import label_prefixed
 from sottovoce.wire.messages import Cipher
 
@@ -27,6 +27,8 @@ NONCE_BYTES = 32
 TAG_BYTES = 16
 INCLUSION_BYTES = 16
 """Length of an inclusion token."""
+CIPHERTEXT_BYTES = 2 * shamir.SHARE_BYTES + TAG_BYTES
+"""Length of a ciphertext of two shares."""
 MASK_KEY_BYTES: dict[Cipher, int] = {"aes-128-ctr": 16, "chacha20": 32}
 """Length of a mask stream's key, by cipher."""
 _AEAD = "chacha20-poly1305"

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain, islice
 
+import numpy as np
+
 from sottovoce.errors import BadShare, RoundAbandoned
 from sottovoce.secagg import keys, segments
 from sottovoce.secagg.masks import MaskExpander
@@ -58,8 +60,10 @@ def rebuild(stage: CollectingShares) -> Rebuilt:
         RoundAbandoned: No subset of the shares gives what their owners committed to.
     """
     cohort, inputs = stage.inputs.cohort, stage.inputs
-    points = cohort.shape.points(tuple(stage.answers))
-    answers = [(answer.owners, answer.limbs) for answer in stage.answers.values()]
+    point_of = dict(zip(stage.answers, cohort.shape.points(tuple(stage.answers)), strict=True))
+    givers = sorted(stage.answers, key=point_of.__getitem__)
+    held = cohort.holders[givers]
+    shared = cohort.marked(inputs.commitments)[held]
     session = cohort.shape.session
     pairs: dict[int, keys.KeyPair] = {}
 
@@ -74,7 +78,9 @@ def rebuild(stage: CollectingShares) -> Rebuilt:
 
     try:
         secrets = rebuild_secrets(
-            dict(zip(points, answers, strict=True)),
+            owner_of=held[shared],
+            point_of=np.repeat([point_of[giver] for giver in givers], shared.sum(axis=1)),
+            limbs=np.concatenate([stage.answers[giver] for giver in givers]),
             owners=tuple(inputs.commitments),
             threshold=cohort.shape.threshold,
             verify=verify,
@@ -102,8 +108,8 @@ class _Masks:
     def __init__(self, agreement: Agreement, stage: CollectingShares, rebuilt: Rebuilt) -> None:
         self._parameters, self._rebuilt = agreement.parameters, rebuilt
         self._cohort, self._session = stage.inputs.cohort, stage.inputs.cohort.shape.session
-        neighbours, members = self._cohort.neighbours, self._cohort.members
-        self._partners = {owner: stage.alive.intersection(neighbours[owner]) for owner in rebuilt.mask_keys}
+        around, members = self._cohort.neighbours_of, self._cohort.members
+        self._partners = {owner: stage.alive.intersection(around(owner)) for owner in rebuilt.mask_keys}
         partners = frozenset[int]().union(*self._partners.values())
         self._keys = {position: keys.parsed(members[position].mask_key) for position in partners}
 

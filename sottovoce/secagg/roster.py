@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
+import msgspec
+
 from sottovoce.errors import MalformedMessage, RemoteProtocolError, Replayed
 from sottovoce.identity import Certificate, TrustAnchor
 from sottovoce.secagg import graph, keys
@@ -30,8 +32,7 @@ _MAX_EVIDENCE_BYTES = 16 * 1024
 """Longest signed envelope that one member may make the others read."""
 
 
-@dataclass(frozen=True, slots=True)
-class Member:
+class Member(msgspec.Struct, frozen=True):
     """One member of the cohort, its signature and certificate verified.
 
     Attributes:

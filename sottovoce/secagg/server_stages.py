@@ -5,16 +5,21 @@ The dataclasses are frozen; the collections that a stage gathers grow by one who
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from sottovoce.secagg.graph import GraphRule
+import numpy as np
+import numpy.typing as npt
+
+from sottovoce.secagg.graph import GraphRule, Positions
 from sottovoce.secagg.keys import KeyPair
 from sottovoce.secagg.roster import Member, Shape
 from sottovoce.secagg.shamir import Limbs
 from sottovoce.secagg.uploads import ExpectedVector
 from sottovoce.wire.messages import ShareKeys
+
+Marks: TypeAlias = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,17 +30,30 @@ class Cohort:
         shape: The graph and the session id.
         members: In roster order; the index is the position.
         position_of: Device id -> position.
-        neighbours: Of every position, ascending.
+        neighbours: Of every position, ascending, shape (members, k).
     """
 
     shape: Shape
     members: tuple[Member, ...]
     position_of: Mapping[str, int]
-    neighbours: Sequence[tuple[int, ...]] = field(repr=False)
+    neighbours: Positions = field(repr=False)
 
-    def holders(self, position: int) -> tuple[int, ...]:
-        """Return the positions that hold a share of the self seed of `position`, ascending."""
-        return self.shape.share_holders(position) if self.shape.graph.complete else self.neighbours[position]
+    @property
+    def holders(self) -> Positions:
+        """Who holds a share of the self seed of every position, ascending; in a complete graph everybody does."""
+        everybody = self.shape.members
+        return np.broadcast_to(np.arange(everybody), (everybody,) * 2) if self.shape.graph.complete else self.neighbours
+
+    def neighbours_of(self, position: int) -> list[int]:
+        """Return the neighbours of `position`, ascending."""
+        around: list[int] = self.neighbours[position].tolist()
+        return around
+
+    def marked(self, positions: Collection[int]) -> Marks:
+        """Return whether each position is one of `positions`."""
+        marks = np.zeros(self.shape.members, np.bool_)
+        marks[np.fromiter(positions, np.int64, len(positions))] = True
+        return marks
 
     def names(self, positions: Iterable[int]) -> frozenset[str]:
         """Return the device ids at `positions`."""
@@ -140,14 +158,6 @@ class CheckingConsistency:
 
 
 @dataclass(frozen=True, slots=True)
-class GivenShares:
-    """The shares in one member's answer: limbs[i] belongs to owners[i], a roster position."""
-
-    owners: tuple[int, ...]
-    limbs: Limbs = field(repr=False)
-
-
-@dataclass(frozen=True, slots=True)
 class CollectingShares:
     """Waiting for the shares that unmask the total.
 
@@ -155,19 +165,19 @@ class CollectingShares:
         inputs: The total, and who shared keys.
         survivors: U3, sorted positions.
         alive: The same as a set.
-        asked: Positions asked for their shares.
-        answers: Position -> the shares it gave.
+        asked: Position -> how many shares it is asked for.
+        answers: Position -> the shares it gave, in order of their owners' positions.
     """
 
     inputs: CollectingInputs
     survivors: tuple[int, ...]
     alive: frozenset[int]
-    asked: frozenset[int]
-    answers: dict[int, GivenShares] = field(default_factory=dict, repr=False)
+    asked: Mapping[int, int]
+    answers: dict[int, Limbs] = field(default_factory=dict, repr=False)
 
     def waiting_for(self) -> frozenset[str]:
         """Return the devices that still owe an answer."""
-        return self.inputs.cohort.names(self.asked - self.answers.keys())
+        return self.inputs.cohort.names(self.asked.keys() - self.answers.keys())
 
 
 @dataclass(frozen=True, slots=True)

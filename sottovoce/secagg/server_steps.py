@@ -6,7 +6,7 @@ function returns the next stage and what to ask of whom, or raises RoundAbandone
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -24,7 +24,6 @@ from sottovoce.secagg.server_stages import (
     Cohort,
     CollectingInputs,
     CollectingShares,
-    GivenShares,
     SharingKeys,
     Unmasked,
 )
@@ -46,7 +45,7 @@ from sottovoce.wire.messages import (
     UnmaskingRequest,
 )
 
-_CIPHERTEXT_BYTES = 2 * shamir.SHARE_BYTES + keys.TAG_BYTES
+_CIPHERTEXT = np.dtype((np.void, keys.CIPHERTEXT_BYTES))
 _WIDEST_WORD_BYTES = 8
 _MOST_SMALL_CHUNKS = 64
 """A vector in more chunks has larger ones, of MIN_FRAGMENT_BYTES: every chunk is answered with a bitmap of all, so a
@@ -73,9 +72,8 @@ def take_shares(agreement: Agreement, stage: SharingKeys, opened: Opened[ShareKe
         MalformedMessage: Not one ciphertext of the right length for every neighbour, or no commitment.
     """
     message, position = opened.message, _position(stage.cohort, opened.certificate)
-    lengths = [len(ciphertext) for ciphertext in message.ciphertexts]
-    expected = [_CIPHERTEXT_BYTES] * stage.cohort.shape.neighbour_count
-    if lengths != expected or len(message.commitment) != DIGEST_BYTES:
+    expected = keys.CIPHERTEXT_BYTES * stage.cohort.shape.neighbour_count
+    if len(message.ciphertexts) != expected or len(message.commitment) != DIGEST_BYTES:
         raise MalformedMessage(f"{opened.certificate.name} did not send one ciphertext for every neighbour")
     stage.answers[position] = message
 
@@ -118,21 +116,15 @@ def take_unmasking(agreement: Agreement, stage: CollectingShares, opened: Opened
 
     Raises:
         RemoteProtocolError: The member was not asked.
-        MalformedMessage: Not exactly the shares that the survivor set calls for.
-        BadShare: A share of the wrong length, or a limb out of range.
+        MalformedMessage: Not one share of every neighbour that shared keys.
+        BadShare: A limb out of range.
     """
-    cohort, message = stage.inputs.cohort, opened.message
-    position = _position(cohort, opened.certificate)
+    shares, position = opened.message.shares, _position(stage.inputs.cohort, opened.certificate)
     if position not in stage.asked:
         raise RemoteProtocolError(f"{opened.certificate.name} was not asked for shares")
-    sharers, alive = stage.inputs.commitments, stage.alive
-    self_seeds = [owner for owner in cohort.holders(position) if owner in alive]
-    mask_keys = [owner for owner in cohort.neighbours[position] if owner not in alive and owner in sharers]
-    given = [owner for owner, _ in message.self_seed_shares], [owner for owner, _ in message.mask_key_shares]
-    if given != (self_seeds, mask_keys):
+    if len(shares) != shamir.SHARE_BYTES * stage.asked[position]:
         raise MalformedMessage(f"{opened.certificate.name} did not give exactly the shares asked for")
-    owners, contents = zip(*message.self_seed_shares, *message.mask_key_shares, strict=True)
-    stage.answers[position] = GivenShares(owners, shamir.parse_shares(contents))
+    stage.answers[position] = shamir.parse_shares(shares)
 
 
 def add_upload(total: bytearray, upload: Assembly[ExpectedVector], parameters: SecAggParameters) -> None:
@@ -171,7 +163,7 @@ def close_advertising(agreement: Agreement, stage: AdvertisingKeys) -> tuple[Sha
             leaves=joined,
             neighbours=shape.neighbour_count,
             threshold=shape.threshold,
-            advertisements=tuple([payloads[neighbour] for neighbour in cohort.neighbours[position]]),
+            advertisements=tuple([payloads[neighbour] for neighbour in cohort.neighbours_of(position)]),
         )
         for position, member in enumerate(members)
     }
@@ -186,15 +178,7 @@ def close_sharing(agreement: Agreement, stage: SharingKeys) -> tuple[CollectingI
     """
     cohort, answers = stage.cohort, stage.answers
     _require_enough(agreement, len(answers), cohort.shape.threshold, "shared keys")
-    incoming: dict[int, list[tuple[int, bytes]]] = {position: [] for position in answers}
-    for sender in sorted(answers):
-        for recipient, ciphertext in zip(cohort.neighbours[sender], answers[sender].ciphertexts, strict=True):
-            if recipient in incoming:
-                incoming[recipient].append((sender, ciphertext))
-    requests: dict[str, Message] = {
-        cohort.members[recipient].device: MaskedInputRequest(shares=tuple(shares))
-        for recipient, shares in incoming.items()
-    }
+    requests = dict(_forwarded(cohort, answers))
     commitments = {position: answer.commitment for position, answer in answers.items()}
     total = bytearray(segments.unpacked_bytes(agreement.parameters))
     return CollectingInputs(cohort, commitments, total, _upload_keys(stage)), requests
@@ -217,7 +201,7 @@ def close_inputs(
         checking = CheckingConsistency(stage, survivors, alive, digest)
         return checking, {cohort.members[position].device: request for position in survivors}
     request = UnmaskingRequest(survivors=survivors, signatures=())
-    collecting = CollectingShares(stage, survivors, alive, alive)
+    collecting = CollectingShares(stage, survivors, alive, _shares_owed(stage, survivors))
     return collecting, {cohort.members[position].device: request for position in survivors}
 
 
@@ -230,17 +214,18 @@ def close_consistency(agreement: Agreement, stage: CheckingConsistency) -> tuple
     cohort, signers = stage.inputs.cohort, frozenset(stage.answers)
     requests: dict[str, Message] = {}
     for position in sorted(signers):
-        beside = [other for other in cohort.neighbours[position] if other in signers][: cohort.shape.threshold]
+        around = cohort.neighbours_of(position)
+        beside = [other for other in around if other in signers][: cohort.shape.threshold]
         if len(beside) == cohort.shape.threshold:
             shown = tuple(stage.answers[other] for other in beside)
-            told = [stage.inputs.inclusions[other] for other in cohort.neighbours[position] if other in stage.alive]
+            told = [stage.inputs.inclusions[other] for other in around if other in stage.alive]
             requests[cohort.members[position].device] = UnmaskingRequest(
                 survivors=stage.survivors, signatures=shown, inclusions=b"".join(tokens[position] for tokens in told)
             )
     if len(requests) < cohort.shape.threshold:
         needed = cohort.shape.threshold + 1
         raise RoundAbandoned("too_few_signatures", f"{len(signers)} survivors signed their set, {needed} are needed")
-    asked = frozenset(cohort.position_of[device] for device in requests)
+    asked = _shares_owed(stage.inputs, [cohort.position_of[device] for device in requests])
     return CollectingShares(stage.inputs, stage.survivors, stage.alive, asked), requests
 
 
@@ -313,8 +298,9 @@ def _tokens_by_neighbour(
     agreement: Agreement, stage: CollectingInputs, position: int, inclusions: bytes
 ) -> dict[int, bytes]:
     """Return the inclusion tokens of the member at `position`, by the neighbour that each is for."""
-    active, length = agreement.parameters.mode == "active", keys.INCLUSION_BYTES
-    partners = [other for other in stage.cohort.neighbours[position] if active and other in stage.commitments]
+    length, partners = keys.INCLUSION_BYTES, list[int]()
+    if agreement.parameters.mode == "active":
+        partners = [other for other in stage.cohort.neighbours_of(position) if other in stage.commitments]
     if len(inclusions) != length * len(partners):
         name = stage.cohort.members[position].device
         raise MalformedMessage(f"{name} did not send one inclusion token for every neighbour that shared keys")
@@ -341,10 +327,32 @@ def _require_enough(agreement: Agreement, present: int, shares: int, what: str) 
 
 def _require_shares(inputs: CollectingInputs, present: Collection[int]) -> None:
     """Give up early if some secret that the sum needs has too few holders left."""
-    cohort, staying = inputs.cohort, frozenset(present)
+    cohort, staying = inputs.cohort, inputs.cohort.marked(present)
+    of_seeds, of_keys = (staying[who].sum(axis=1).tolist() for who in (cohort.holders, cohort.neighbours))
     for owner in inputs.commitments:
-        holders = cohort.holders(owner) if owner in inputs.added else cohort.neighbours[owner]
-        left = len(staying.intersection(holders))
+        left = of_seeds[owner] if owner in inputs.added else of_keys[owner]
         if left < cohort.shape.threshold:
             name, needed = cohort.members[owner].device, cohort.shape.threshold
             raise RoundAbandoned("too_few_shares", f"{left} devices can give shares for {name}, {needed} are needed")
+
+
+def _shares_owed(inputs: CollectingInputs, asked: Iterable[int]) -> dict[int, int]:
+    """Return how many shares each of `asked` must give: one of every neighbour that shared keys."""
+    cohort = inputs.cohort
+    owed = cohort.marked(inputs.commitments)[cohort.holders].sum(axis=1).tolist()
+    return {position: owed[position] for position in asked}
+
+
+def _forwarded(cohort: Cohort, answers: Mapping[int, ShareKeys]) -> Iterator[tuple[str, Message]]:
+    """Yield what each of those who shared keys gets: the ciphertexts that the others of them made for it."""
+    senders = np.array(sorted(answers))
+    ciphertexts = np.frombuffer(b"".join(answers[sender].ciphertexts for sender in senders.tolist()), _CIPHERTEXT)
+    recipient_of, sender_of = cohort.neighbours[senders].ravel(), np.repeat(senders, cohort.shape.neighbour_count)
+    going = np.flatnonzero(cohort.marked(answers)[recipient_of])
+    # Stable, so that senders keep rising; numpy sorts 16 bits in linear time.
+    going = going[np.argsort(recipient_of[going].astype(np.uint16), kind="stable")]
+    told, forwarded = sender_of[going].tolist(), ciphertexts.take(going)
+    stops = np.searchsorted(recipient_of[going], senders, "right").tolist()
+    for recipient, start, stop in zip(senders.tolist(), [0, *stops], stops, strict=False):
+        request = MaskedInputRequest(tuple(told[start:stop]), forwarded[start:stop].tobytes())
+        yield cohort.members[recipient].device, request

@@ -33,7 +33,7 @@ Points = npt.NDArray[np.int64]
 
 def split(
     secrets: Sequence[bytes], *, points: Sequence[int], threshold: int, entropy: Callable[[int], bytes]
-) -> list[list[bytes]]:
+) -> list[bytes]:
     """Return, for every point, one share of every secret.
 
     Args:
@@ -43,7 +43,7 @@ def split(
         entropy: Source of the polynomials' coefficients.
 
     Returns:
-        `shares[i][j]`, SHARE_BYTES bytes: at `points[i]`, of `secrets[j]`.
+        At `points[i]` the shares of all secrets one after another, SHARE_BYTES each.
 
     Raises:
         LocalProtocolError: A secret of another length, or a threshold beyond exact arithmetic.
@@ -55,23 +55,22 @@ def split(
     coefficients = np.concatenate([constants[None, :], random]).astype(np.float64)
     values = (_vandermonde(tuple(points), threshold) @ coefficients).astype(np.int64) % PRIME
     content = values.astype(_WIRE).tobytes()
-    cuts = range(0, len(content), SHARE_BYTES)
-    shares = [content[at : at + SHARE_BYTES] for at in cuts]
-    return [shares[row : row + len(secrets)] for row in range(0, len(shares), len(secrets))]
+    row_bytes = SHARE_BYTES * len(secrets)
+    return [content[at : at + row_bytes] for at in range(0, len(content), row_bytes)]
 
 
-def parse_shares(contents: Sequence[bytes]) -> Limbs:
-    """Return the limbs of shares, shape (len(contents), LIMBS).
+def parse_shares(content: bytes) -> Limbs:
+    """Return the limbs of shares that lie one after another, shape (shares, LIMBS).
 
     Raises:
-        BadShare: One does not have SHARE_BYTES bytes, or a limb is not below p.
+        BadShare: They are not whole shares of SHARE_BYTES bytes, or a limb is not below p.
     """
-    if not {SHARE_BYTES}.issuperset(map(len, contents)):
+    if len(content) % SHARE_BYTES:
         raise BadShare(f"a share has {SHARE_BYTES} bytes, and one has not")
-    limbs = np.frombuffer(b"".join(contents), _WIRE).reshape(len(contents), LIMBS)
-    if limbs.size and int(limbs.max()) >= PRIME:
+    limbs = np.frombuffer(content, _WIRE)
+    if limbs.size and int(np.maximum.reduce(limbs)) >= PRIME:
         raise BadShare(f"a limb of a share is not below {PRIME}")
-    return limbs
+    return limbs.reshape(-1, LIMBS)
 
 
 def interpolate(points: Sequence[int], shares: Limbs) -> Limbs:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import chain, islice
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 
 import numpy as np
 
 from sottovoce.errors import BadShare
 from sottovoce.secagg import shamir
+from sottovoce.secagg.graph import Positions
 from sottovoce.secagg.shamir import Limbs, Points
 from sottovoce.secagg.transcript import subset_seed
 
@@ -24,8 +25,10 @@ MAX_SUBSETS = 256
 
 
 def rebuild_secrets(
-    given: Mapping[int, tuple[Sequence[int], Limbs]],
     *,
+    owner_of: Positions,
+    point_of: Points,
+    limbs: Limbs,
     owners: Sequence[int],
     threshold: int,
     verify: Callable[[int, bytes], None],
@@ -34,7 +37,10 @@ def rebuild_secrets(
     """Return every owner's secret, the first t shares of all owners with one batch of matrix products.
 
     Args:
-        given: Evaluation point -> (owners, limbs): limbs[i] is the share there of owners[i].
+        owner_of: Whose share each is, by roster position; shape (shares,).
+        point_of: At which evaluation point each lies, shape (shares,). The shares of one owner are tried in the order
+            in which they stand here.
+        limbs: What each says, shape (shares, LIMBS).
         owners: Whose secrets are wanted.
         threshold: t.
         verify: Raises BadShare unless the bytes are this owner's secret.
@@ -43,47 +49,29 @@ def rebuild_secrets(
     Raises:
         BadShare: Some secret cannot be rebuilt from any subset tried.
     """
-    sets = _share_sets(given, owners)
-    secrets: dict[int, bytes] = {}
-    spoilt: defaultdict[tuple[int, ...], list[int]] = defaultdict(list)
-    fewest = min((len(rows) for _, rows in sets.values()), default=threshold)
+    # Stable, so that the shares of one owner keep their order; numpy sorts 16 bits in linear time.
+    order = np.argsort(owner_of.astype(np.uint16), kind="stable")
+    owner_of, point_of, limbs = owner_of[order], point_of[order], limbs[order]
+    starts, stops = (np.searchsorted(owner_of, np.asarray(owners, np.int64), side) for side in ("left", "right"))
+    fewest = int((stops - starts).min())
     if fewest < threshold:
         raise BadShare(f"{fewest} shares of one secret where {threshold} are needed")
-    firsts = _first_subsets(sets, threshold) if sets else []
-    for owner, secret in zip(sets, firsts, strict=True):
+    first = starts[:, None] + np.arange(threshold)
+    rebuilt = shamir.secrets_of(shamir.interpolate_each(point_of[first], limbs[first]))
+    secrets: dict[int, bytes] = {}
+    spoilt: defaultdict[tuple[int, ...], dict[int, Limbs]] = defaultdict(dict)
+    for owner, secret, start, stop in zip(owners, rebuilt, starts.tolist(), stops.tolist(), strict=True):
         try:
             if secret is None:
                 raise BadShare("a rebuilt limb or pad bit is out of range")
             verify(owner, secret)
             secrets[owner] = secret
         except BadShare:
-            spoilt[tuple(sets[owner][0].tolist())].append(owner)
-    for points, members in spoilt.items():
-        limbs = np.stack([sets[owner][1] for owner in members], axis=1)
-        secrets |= _rebuild_group(points, members, limbs, threshold, verify, session)
+            spoilt[tuple(point_of[start:stop].tolist())][owner] = limbs[start:stop]
+    for points, sets in spoilt.items():
+        shares = np.stack(tuple(sets.values()), axis=1)
+        secrets |= _rebuild_group(points, tuple(sets), shares, threshold, verify, session)
     return secrets
-
-
-def _share_sets(
-    given: Mapping[int, tuple[Sequence[int], Limbs]], owners: Sequence[int]
-) -> dict[int, tuple[Points, Limbs]]:
-    """Return for every owner its points, rising, and the shares there, by one sort of all shares of all members."""
-    lengths = [len(row) for row, _ in given.values()]
-    point_of = np.repeat(np.fromiter(given, np.int64, len(given)), lengths)
-    owner_of = np.fromiter(chain.from_iterable(row for row, _ in given.values()), np.int64, sum(lengths))
-    order = np.argsort(owner_of * shamir.PRIME + point_of)  # Points are below p: one number sorts by both.
-    limbs = np.concatenate([limbs for _, limbs in given.values()])[order]
-    point_of, owner_of = point_of[order], owner_of[order]
-    starts, stops = (np.searchsorted(owner_of, np.asarray(owners, np.int64), side) for side in ("left", "right"))
-    cuts = zip(owners, starts.tolist(), stops.tolist(), strict=True)
-    return {owner: (point_of[start:stop], limbs[start:stop]) for owner, start, stop in cuts}
-
-
-def _first_subsets(sets: Mapping[int, tuple[Points, Limbs]], threshold: int) -> list[bytes | None]:
-    """Return what the first t shares of every owner spell, all of them at once."""
-    points = np.stack([points[:threshold] for points, _ in sets.values()])
-    limbs = np.stack([limbs[:threshold] for _, limbs in sets.values()])
-    return shamir.secrets_of(shamir.interpolate_each(points, limbs))
 
 
 def _rebuild_group(

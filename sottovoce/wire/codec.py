@@ -7,7 +7,6 @@ structure, certificate, signature, body. Nothing unverified ever reaches a state
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
 from typing import Generic, TypeVar, cast
 
 import msgspec
@@ -55,8 +54,7 @@ class Envelope(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fiel
         return SignedContext(self.sender, self.recipient, self.fleet, self.round, self.attempt, self.session)
 
 
-@dataclass(frozen=True, slots=True)
-class Opened(Generic[M]):
+class Opened(msgspec.Struct, Generic[M], frozen=True):
     """A verified message.
 
     Attributes:

@@ -154,11 +154,12 @@ class ShareKeys(Message, frozen=True):
 
     Attributes:
         commitment: SHA-256 commitment to the self seed, 32 bytes.
-        ciphertexts: One AEAD ciphertext per neighbour, in the order of the neighbours' positions.
+        ciphertexts: One AEAD ciphertext of 88 bytes per neighbour, one after another in the order of the neighbours'
+            positions.
     """
 
     commitment: bytes
-    ciphertexts: tuple[bytes, ...]
+    ciphertexts: bytes
 
 
 class TaggedVector(Cut, Document, frozen=True):
@@ -207,16 +208,14 @@ class SurvivorsSignature(Message, frozen=True):
 
 
 class Unmasking(Message, frozen=True):
-    """For each neighbour one share: of the self seed if it survived, of the mask key if it dropped out.
+    """For each neighbour that shared keys one share, never both: there is no place for two.
 
     Attributes:
-        self_seed_shares: (position, 36 bytes) for every survivor whose share this device holds, in the complete graph
-            also its own.
-        mask_key_shares: (neighbour position, 36 bytes) for every neighbour that shared keys and dropped out.
+        shares: 36 bytes for each, one after another in order of position: of the self seed if it survived, of the mask
+            key if it dropped out. In the complete graph this device is among them, with the share of its own self seed.
     """
 
-    self_seed_shares: tuple[tuple[int, bytes], ...]
-    mask_key_shares: tuple[tuple[int, bytes], ...]
+    shares: bytes
 
 
 # --- from the coordinator to one device -------------------------------------------------------------------------------
@@ -303,10 +302,12 @@ class MaskedInputRequest(Message, frozen=True):
     """Share keys is closed: these neighbours have shared, mask with exactly them.
 
     Attributes:
-        shares: (neighbour position, ciphertext for this device) for every neighbour that shared keys.
+        senders: Positions of the neighbours that shared keys, rising.
+        ciphertexts: The one of 88 bytes that each of them made for this device, one after another.
     """
 
-    shares: tuple[tuple[int, bytes], ...]
+    senders: tuple[int, ...]
+    ciphertexts: bytes
 
 
 class UploadSlot(Message, frozen=True):

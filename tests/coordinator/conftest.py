@@ -8,10 +8,11 @@ import json
 import random
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from cryptography import x509
@@ -237,7 +238,7 @@ class ScriptedDevice:
                 identity=self.identity,
                 anchor=self.choir.anchor,
                 at=AT,
-                context=replace(context, sender=self.name, recipient=COORDINATOR, session=bytes(32)),
+                context=msgspec.structs.replace(context, sender=self.name, recipient=COORDINATOR, session=bytes(32)),
                 plan=self.plan.digest,
                 state=self.state,
                 parameters=request.parameters,

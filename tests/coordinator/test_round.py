@@ -146,10 +146,10 @@ def _message(b: Any, kind: type[Message]) -> Message:
         Ready: Ready(present=True),
         Withdraw: Withdraw(code="policy"),
         AdvertiseKeys: AdvertiseKeys(certificate, blank, blank, blank, blank, blank, blank),
-        ShareKeys: ShareKeys(blank, ()),
+        ShareKeys: ShareKeys(blank, b""),
         MaskedInput: MaskedInput(vector=TaggedVector(size=8, chunk_bytes=8, tags=bytes(16))),
         SurvivorsSignature: SurvivorsSignature(blank),
-        Unmasking: Unmasking((), ()),
+        Unmasking: Unmasking(b""),
     }
     return examples[kind]
 

@@ -176,7 +176,7 @@ class Machine:
             NotSelected: lambda: NotSelected(NOW),
             AdvertiseKeysRequest: self.invitation,
             Roster: lambda: Roster(bytes(96), 2, 2, ()),
-            MaskedInputRequest: lambda: MaskedInputRequest(()),
+            MaskedInputRequest: lambda: MaskedInputRequest((), b""),
             UploadSlot: lambda: UploadSlot(bytes(2), False),
             SurvivorsRequest: lambda: SurvivorsRequest((0, 1)),
             UnmaskingRequest: lambda: UnmaskingRequest((0, 1), ()),
@@ -197,7 +197,11 @@ class Machine:
             SESSION if sessions and not before else bytes(32),
         )
         return Opened(
-            message, self.certificate, dataclasses.replace(context, **changes), digest_of(canonical(message)), payload
+            message,
+            self.certificate,
+            msgspec.structs.replace(context, **changes),
+            digest_of(canonical(message)),
+            payload,
         )
 
     def receive(self, message: Message, now: int = NOW, **changes: Any) -> list[Any]:

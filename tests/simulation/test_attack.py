@@ -168,7 +168,7 @@ def mask_key_of_victim(round_: Round) -> keys.KeyPair:
     cohort = round_.record.cohort
     own = cohort.position_of[round_.victim]
     kept = {cohort.position_of[d]: captured.entrusted[own] for d, captured in round_.record.captured.items()}
-    limbs = shamir.parse_shares(tuple(kept.values()))
+    limbs = shamir.parse_shares(b"".join(kept.values()))
     return keys.key_pair(shamir.secret_of(shamir.interpolate(cohort.shape.points(tuple(kept)), limbs)))
 
 

@@ -4,8 +4,9 @@ import copy
 import datetime
 import io
 import pickle
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
+import msgspec
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -162,7 +163,7 @@ class TestSignedBytes:
         name, context, fingerprint, digest = signed
         both = context.sender + context.recipient
         cut = data.draw(st.integers(0, len(both)))
-        moved = replace(context, sender=both[:cut], recipient=both[cut:])
+        moved = msgspec.structs.replace(context, sender=both[:cut], recipient=both[cut:])
         same = signed_bytes(name, moved, fingerprint, digest) == signed_bytes(name, context, fingerprint, digest)
         assert same == (moved == context)
 

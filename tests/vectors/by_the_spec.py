@@ -350,6 +350,16 @@ def decrypt(key: bytes, ciphertext: bytes, *, session: bytes) -> bytes:
     return ChaCha20Poly1305(key).decrypt(bytes(12), ciphertext, session)
 
 
+CIPHERTEXT_BYTES, SHARE_BYTES = 88, 36
+
+
+def pieces(joined: bytes, length: int) -> list[bytes]:
+    """What lies one after another in one field."""
+    if len(joined) % length:
+        raise Refused("not whole pieces")
+    return [joined[at : at + length] for at in range(0, len(joined), length)]
+
+
 def commitment(session: bytes, position: int, seed: bytes) -> bytes:
     return hashed("sv1/b", session, u32(position), seed)
 
@@ -387,6 +397,11 @@ def combined(parameters: Parameters, vector: bytes, other: bytes, sign_: int) ->
         values = [(a + sign_ * b) % 2**part.width for a, b in zip(ours, theirs, strict=True)]
         result += b"".join(value.to_bytes(part.word, "little") for value in values)
     return result
+
+
+def chunk_payload(session: bytes, index: int, content: bytes) -> bytes:
+    """What carries one chunk of a masked vector."""
+    return session + u64(index) + content
 
 
 def tagged(vector: bytes, chunk_bytes: int, key: bytes) -> dict[str, Any]:

@@ -130,6 +130,12 @@ class Transcript:
         fields: Fields = msgspec.msgpack.decode(msgspec.msgpack.decode(payload)[9])
         return fields
 
+    def shares_given(self, device: str) -> dict[int, bytes]:
+        """The shares in the last answer of `device`, by the position of the member that each is of."""
+        shared = [p for p, one in enumerate(self.devices) if one.signer.name in self.exchanges[1].answers]
+        (joined,) = self.body("unmasking", device, answer=True)
+        return dict(zip(shared, spec.pieces(joined, spec.SHARE_BYTES), strict=True))
+
     def device(self, name: str) -> SpecDevice:
         return next(device for device in self.devices if device.signer.name == name)
 
@@ -227,8 +233,9 @@ class _Conductor:
     def mask(self) -> str | None:
         requests: dict[str, tuple[str, Fields]] = {}
         for position in self.shared:
-            incoming = [[other, self._ciphertext(other, position)] for other in self.shared if other != position]
-            requests[self.members[position].signer.name] = ("MaskedInputRequest", [incoming])
+            others = [other for other in self.shared if other != position]
+            incoming = b"".join(self._ciphertext(other, position) for other in others)
+            requests[self.members[position].signer.name] = ("MaskedInputRequest", [others, incoming])
         answers = self.ask("masked_input", requests, self.session)
         survivors = tuple(p for p in self.shared if self.members[p].signer.name in answers)
         self.transcript.survivors = survivors
@@ -267,13 +274,13 @@ class _Conductor:
             total = spec.combined(agreed.parameters, total, masked, 1)
         given = transcript.exchanges[-1].answers
         answering = [p for p in self.asked if self.members[p].signer.name in given][: self.t]
-        answers = {p: transcript.body("unmasking", self.members[p].signer.name, answer=True) for p in answering}
+        answers = {p: transcript.shares_given(self.members[p].signer.name) for p in answering}
         for position in transcript.survivors:
-            seed = spec.rebuild({p + 1: dict(answers[p][0])[position] for p in answers})
+            seed = spec.rebuild({p + 1: shares[position] for p, shares in answers.items()})
             key = spec.self_mask_key(seed, self.members[position].signer.name, cipher, session=self.session)
             total = spec.combined(agreed.parameters, total, spec.stream(cipher, key, length), -1)
         for position in set(self.shared) - set(transcript.survivors):
-            secret = spec.rebuild({p + 1: dict(answers[p][1])[position] for p in answers})
+            secret = spec.rebuild({p + 1: shares[position] for p, shares in answers.items()})
             for other in transcript.survivors:
                 low, high = sorted((position, other))
                 names = self.members[low].signer.name, self.members[high].signer.name
@@ -298,8 +305,7 @@ class _Conductor:
 
     def _ciphertext(self, sender: int, recipient: int) -> bytes:
         body = self.transcript.body("share_keys", self.members[sender].signer.name, answer=True)
-        ciphertext: bytes = body[1][recipient - (recipient > sender)]
-        return ciphertext
+        return spec.pieces(body[1], spec.CIPHERTEXT_BYTES)[recipient - (recipient > sender)]
 
 
 def positions(transcript: Transcript, names: Sequence[str]) -> list[int]:

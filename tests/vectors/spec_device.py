@@ -110,15 +110,22 @@ class SpecDevice:
             spec.encrypt(self._share_key(position, outgoing=True), b"".join(shares[position]), session=self.session)
             for position in around
         ]
-        return [spec.commitment(self.session, self.position, self.seed), ciphertexts]
+        return [spec.commitment(self.session, self.position, self.seed), b"".join(ciphertexts)]
 
-    def mask_input(self, incoming: list[tuple[int, bytes]]) -> Fields:
+    def mask_input(self, senders: list[int], ciphertexts: bytes) -> Fields:
         """Stage 4."""
-        if len(incoming) + bool(self.own_share) < self.t:
+        if senders != sorted({*senders} & self.neighbours.keys()):
+            raise Refused("not rising positions of neighbours")
+        if len(senders) + bool(self.own_share) < self.t:
             raise Refused("too few are left")
-        self.held = {p: spec.decrypt(self._share_key(p), content, session=self.session) for p, content in incoming}
-        if any(max(spec.words(shares, 2)) >= spec.PRIME or len(shares) != 72 for shares in self.held.values()):
+        incoming = spec.pieces(ciphertexts, spec.CIPHERTEXT_BYTES)
+        if len(incoming) != len(senders):
+            raise Refused("not one ciphertext of every sender")
+        given = zip(senders, incoming, strict=True)
+        held = {p: spec.decrypt(self._share_key(p), content, session=self.session) for p, content in given}
+        if any(max(spec.words(shares, 2)) >= spec.PRIME for shares in held.values()):
             raise Refused("a share out of range")
+        self.held = held
         parameters, cipher = self.agreement.parameters, self.agreement.parameters["cipher"]
         own_key = spec.self_mask_key(self.seed, self.signer.name, cipher, session=self.session)
         self._add(own_key, 1)
@@ -132,6 +139,11 @@ class SpecDevice:
         active = parameters["mode"] == "active"
         tokens = [self._token(position, outgoing=True) for position in self.held] if active else []
         return [spec.tagged(self.vector, self.chunk_bytes, self.upload_key()), b"".join(tokens)]
+
+    def upload(self) -> list[bytes]:
+        """What carries the chunks of the masked vector."""
+        chunks = [self.vector[at : at + self.chunk_bytes] for at in range(0, len(self.vector), self.chunk_bytes)]
+        return [spec.chunk_payload(self.session, index, chunk) for index, chunk in enumerate(chunks)]
 
     def upload_key(self) -> bytes:
         secret = spec.agreed(self.channel, self.agreement.upload_key)
@@ -152,11 +164,9 @@ class SpecDevice:
                 raise Refused("a neighbour has not masked with this device")
         elif signatures or inclusions:
             raise Refused("signatures in curious mode")
-        seeds = {p: shares[:36] for p, shares in self.held.items()} | {self.position: self.own_share}
-        dropped = [p for p in sorted(self.held) if p not in survivors]
-        if not self.own_share:
-            del seeds[self.position]
-        return [[[p, seeds[p]] for p in survivors if p in seeds], [[p, self.held[p][36:]] for p in dropped]]
+        given = {p: shares[:36] if p in survivors else shares[36:] for p, shares in self.held.items()}
+        given[self.position] = self.own_share  # On a ring empty.
+        return [b"".join(given[p] for p in sorted(given))]
 
     def _check(self, survivors: list[int]) -> None:
         rising = survivors == sorted(set(survivors)) and survivors[0] >= 0 and survivors[-1] < self.n

@@ -308,31 +308,49 @@ def _as_request(payload: bytes) -> bytes:
 
 def _maskings() -> Iterator[Row]:
     malformed, bad, flag = "MalformedMessage", "BadShare", "Shares"
-    yield "below the threshold", lambda f: [f[0][:2]], "RemoteProtocolError", flag
-    yield "no shares at all", lambda f: [[]], "RemoteProtocolError", flag
-    yield "an unknown position", lambda f: [[*f[0], [5, f[0][0][1]]]], malformed, flag
-    yield "a negative position", lambda f: [[[-1, b""], *f[0]]], malformed, flag
-    yield "its own position", lambda f: [sorted([*f[0], [_position("active-5"), f[0][0][1]]])], malformed, flag
-    yield "a position twice", lambda f: [[f[0][0], *f[0]]], malformed, flag
-    yield "unsorted", lambda f: [f[0][::-1]], malformed, flag
-    yield "shares swapped", lambda f: [[[f[0][0][0], f[0][1][1]], [f[0][1][0], f[0][0][1]], *f[0][2:]]], bad, flag
-    yield "a byte changed", lambda f: [[[f[0][0][0], b"\0" + f[0][0][1][1:]], *f[0][1:]]], bad, flag
-    yield "cut short", lambda f: [[[f[0][0][0], f[0][0][1][:-1]], *f[0][1:]]], bad, flag
-    for comment, shares in (
-        ("a limb of 65535 inside", b"\xff\xff" * 36), ("the last limb 65521", bytes(70) + b"\xf1\xff"),
-        ("one share only", bytes(36)), ("two bytes too few", bytes(70)), ("two bytes too many", bytes(74)),
+    one = spec.CIPHERTEXT_BYTES
+    yield "below the threshold", lambda f: [f[0][:2], f[1][: 2 * one]], "RemoteProtocolError", flag
+    yield "no shares at all", lambda f: [[], b""], "RemoteProtocolError", flag
+    yield "an unknown position", lambda f: [[*f[0], 5], f[1] + f[1][:one]], malformed, flag
+    yield "a negative position", lambda f: [[-1, *f[0]], f[1][:one] + f[1]], malformed, flag
+    yield "its own position", _with_its_own, malformed, flag
+    yield "a position twice", lambda f: [[f[0][0], *f[0]], f[1][:one] + f[1]], malformed, flag
+    yield "unsorted", lambda f: [f[0][::-1], b"".join(spec.pieces(f[1], one)[::-1])], malformed, flag
+    yield "shares swapped", lambda f: [f[0], f[1][one : 2 * one] + f[1][:one] + f[1][2 * one :]], bad, flag
+    yield "a byte changed", lambda f: [f[0], b"\0" + f[1][1:]], bad, flag
+    yield "cut short", lambda f: [f[0], f[1][:-1]], malformed, flag
+    yield "a byte too many", lambda f: [f[0], f[1] + b"\0"], malformed, flag
+    yield "a byte late, of the right length", lambda f: [f[0], b"\0" + f[1][:-1]], bad, flag
+    yield "a ciphertext missing", lambda f: [f[0], f[1][one:]], malformed, flag
+    yield "a ciphertext too many", lambda f: [f[0], f[1] + f[1][:one]], malformed, flag
+    yield "no ciphertexts", lambda f: [f[0], b""], malformed, flag
+    yield "a sender missing", lambda f: [f[0][1:], f[1]], malformed, flag
+    for comment, shares, error in (
+        ("a limb of 65535 inside", [b"\xff\xff" * 36], bad), ("the last limb 65521", [bytes(70) + b"\xf1\xff"], bad),
+        ("one share only", [bytes(36)], malformed), ("two bytes too few", [bytes(70)], malformed),
+        ("two bytes too many", [bytes(74)], malformed),
+        ("one share only, and three of the next", [bytes(36), bytes(108)], bad),
+        ("two bytes too many, and too few of the next", [bytes(74), bytes(70)], bad),
     ):  # fmt: skip
-        yield comment, _sealed_shares(shares), bad, "ShareRange"
+        yield comment, _sealed_shares(shares), error, "ShareRange"
 
 
-def _sealed_shares(shares: bytes) -> Change:
-    """A corrupt neighbour's shares, properly encrypted."""
+def _with_its_own(fields: Fields) -> Fields:
+    own, ciphertexts = _position("active-5"), spec.pieces(fields[1], spec.CIPHERTEXT_BYTES)
+    return [sorted([*fields[0], own]), b"".join([*ciphertexts[:own], ciphertexts[0], *ciphertexts[own:]])]
+
+
+def _sealed_shares(shares: list[bytes]) -> Change:
+    """Corrupt neighbours' shares, properly encrypted: those of the first in order of position."""
 
     def change(fields: Fields) -> Fields:
         device = _victim("active-5")
-        position = fields[0][0][0]
-        ciphertext = spec.encrypt(device._share_key(position), shares, session=device.session)
-        return [[[position, ciphertext], *fields[0][1:]]]
+        sealed = [
+            spec.encrypt(device._share_key(position), content, session=device.session)
+            for position, content in zip(fields[0], shares, strict=False)
+        ]
+        rest = spec.pieces(fields[1], spec.CIPHERTEXT_BYTES)[len(sealed) :]
+        return [fields[0], b"".join(sealed + rest)]
 
     return change
 
@@ -474,7 +492,7 @@ def coordinator_refusals() -> Iterator[Vector]:
         _changed(early, device),
         "ConflictingMessage",
     )
-    too_early = _answer(name, "Unmasking", device, [[], []])
+    too_early = _answer(name, "Unmasking", device, [b""])
     yield _to_coordinator(name, "masked_input", device, "shares before anybody asked", too_early, "UnexpectedMessage")
 
 
@@ -512,21 +530,48 @@ def _answers() -> Iterator[tuple[str, str, str, Change, str]]:
     ):  # fmt: skip
         yield "advertise_keys", "AdvertiseKeys", comment, _with(index, value), error
     yield "share_keys", "ShareKeys", "a short commitment", _with(0, b"short"), malformed
-    yield "share_keys", "ShareKeys", "a ciphertext missing", lambda f: [f[0], f[1][1:]], malformed
-    yield "share_keys", "ShareKeys", "a ciphertext too many", lambda f: [f[0], [*f[1], f[1][0]]], malformed
-    yield "share_keys", "ShareKeys", "a short ciphertext", lambda f: [f[0], [f[1][0][1:], *f[1][1:]]], malformed
+    one = spec.CIPHERTEXT_BYTES
+    yield "share_keys", "ShareKeys", "a ciphertext missing", lambda f: [f[0], f[1][one:]], malformed
+    yield "share_keys", "ShareKeys", "a ciphertext too many", lambda f: [f[0], f[1] + f[1][:one]], malformed
+    yield "share_keys", "ShareKeys", "a short ciphertext", lambda f: [f[0], f[1][1:]], malformed
+    yield "share_keys", "ShareKeys", "no ciphertexts", lambda f: [f[0], b""], malformed
     short = spec.tagged(bytes(32), 16, bytes(32))
     yield "masked_input", "MaskedInput", "a vector of another length", _with(0, short), malformed
     yield "masked_input", "MaskedInput", "a token missing", lambda f: [f[0], f[1][16:]], malformed
     yield "masked_input", "MaskedInput", "no tokens", _with(1, b""), malformed
     yield "consistency_check", "SurvivorsSignature", "another set", _with(0, b"x" * 32), remote
     kind = "Unmasking"
-    yield "unmasking", kind, "a share missing", lambda f: [f[0][1:], f[1]], malformed
-    yield "unmasking", kind, "a share twice", lambda f: [[*f[0], f[0][0]], f[1]], malformed
-    yield "unmasking", kind, "the kinds swapped", lambda f: [f[1], f[0]], malformed
-    yield "unmasking", kind, "both kinds of one member", lambda f: [f[0], sorted([*f[1], f[0][0]])], malformed
-    yield "unmasking", kind, "a short share", lambda f: [[[f[0][0][0], bytes(35)], *f[0][1:]], f[1]], "BadShare"
-    yield "unmasking", kind, "a limb of 65535", lambda f: [[[f[0][0][0], b"\xff" * 36], *f[0][1:]], f[1]], "BadShare"
+    yield "unmasking", kind, "a share missing", lambda f: [f[0][36:]], malformed
+    yield "unmasking", kind, "a share twice", lambda f: [f[0] + f[0][-36:]], malformed
+    yield "unmasking", kind, "no shares", lambda f: [b""], malformed
+    yield "unmasking", kind, "only shares of self seeds", _without_the_dropped, malformed
+    yield "unmasking", kind, "both kinds of one member", _both_kinds, malformed
+    yield "unmasking", kind, "both kinds of every neighbour", _everything_held, malformed
+    yield "unmasking", kind, "a second field, for the other kind", lambda f: [f[0], f[0]], malformed
+    yield "unmasking", kind, "shares with their owners' positions", lambda f: [[[0, f[0][:36]]]], malformed
+    yield "unmasking", kind, "a short share", lambda f: [f[0][1:]], malformed
+    yield "unmasking", kind, "a long share", lambda f: [f[0] + b"\0"], malformed
+    yield "unmasking", kind, "a limb of 65535", lambda f: [b"\xff" * 36 + f[0][36:]], "BadShare"
+    yield "unmasking", kind, "the last limb 65521", lambda f: [f[0][:-2] + b"\xf1\xff"], "BadShare"
+
+
+def _without_the_dropped(_: Fields) -> Fields:
+    transcript = session("active-6-dropout")
+    given = transcript.shares_given(_victim_name())
+    return [b"".join(share for owner, share in given.items() if owner in transcript.survivors)]
+
+
+def _both_kinds(_: Fields) -> Fields:
+    """Of the first neighbour, which survives, the share of its mask key too."""
+    given = session("active-6-dropout").shares_given(_victim_name())
+    held = _victim("active-6-dropout").held
+    return [b"".join(share + (held[owner][36:] if owner == min(held) else b"") for owner, share in given.items())]
+
+
+def _everything_held(_: Fields) -> Fields:
+    victim = _victim("active-6-dropout")
+    held = victim.held | {victim.position: victim.own_share}
+    return [b"".join(held[position] for position in sorted(held))]
 
 
 def _with(index: int, value: Any) -> Change:
@@ -537,24 +582,73 @@ def abandonments() -> Iterator[Vector]:
     """Answers that are well-formed and wrong: the round ends, and no sum comes out of it."""
     name = "active-6-dropout"
     transcript = session(name)
-    t = spec.threshold(6, transcript.agreement.parameters)
     liar = transcript.devices[transcript.survivors[0]].signer.name
     fields = transcript.body("share_keys", liar, answer=True)
     lie = {liar: _answer(name, "ShareKeys", liar, [b"c" * 32, fields[1]])}
     yield _abandoned(name, "share_keys", "a member commits to another seed", lie)
-    replaced = {}
-    for index, position in enumerate(transcript.survivors[: len(transcript.survivors) - t + 1]):
-        device = transcript.devices[position].signer.name
-        seeds, keys = transcript.body("unmasking", device, answer=True)
-        spoiled = [[owner, _spoiled(share, index)] for owner, share in seeds]
-        replaced[device] = _answer(name, "Unmasking", device, [spoiled, keys])
-    yield _abandoned(name, "unmasking", "too many wrong shares of self seeds", replaced)
-    replaced = {}
-    for index, position in enumerate(transcript.survivors[: len(transcript.survivors) - t + 1]):
-        device = transcript.devices[position].signer.name
-        seeds, keys = transcript.body("unmasking", device, answer=True)
-        replaced[device] = _answer(name, "Unmasking", device, [seeds, [[o, _spoiled(s, index)] for o, s in keys]])
-    yield _abandoned(name, "unmasking", "too many wrong shares of a mask key", replaced)
+    for comment, alive in (("self seeds", True), ("a mask key", False)):
+        replaced = {
+            device: _given(device, _spoilt(device, index, alive=alive)) for index, device in enumerate(_too_many())
+        }
+        yield _abandoned(name, "unmasking", f"too many wrong shares of {comment}", replaced)
+    for comment, change in _WRONG_PLACES.items():
+        replaced = {device: _given(device, change(device)) for device in _too_many()}
+        yield _abandoned(name, "unmasking", f"too many members give {comment}", replaced)
+
+
+def tolerated() -> Iterator[Vector]:
+    """One member's shares are of the wrong kind or in the wrong place: those of the others give the same sum."""
+    name = "active-6-dropout"
+    transcript = session(name)
+    for comment, change in _WRONG_PLACES.items():
+        liar = transcript.devices[transcript.survivors[0]].signer.name
+        replaced = {liar: _given(liar, change(liar))}
+        inputs = {"transcript": f"transcript-{name}", "stage": "unmasking", "replaced": replaced}
+        yield Vector("tolerate", f"one member gives {comment}", inputs, transcript.total, flags=("WrongShare",))
+
+
+def _too_many() -> list[str]:
+    """So many survivors that t of the others are not left."""
+    transcript = session("active-6-dropout")
+    t = spec.threshold(6, transcript.agreement.parameters)
+    return [transcript.devices[p].signer.name for p in transcript.survivors[: len(transcript.survivors) - t + 1]]
+
+
+def _given(device: str, shares: list[bytes]) -> bytes:
+    return _answer("active-6-dropout", "Unmasking", device, [b"".join(shares)])
+
+
+def _spoilt(device: str, index: int, *, alive: bool) -> list[bytes]:
+    """The shares that `device` gives, wrong where they are of survivors, or of those that dropped out."""
+    transcript = session("active-6-dropout")
+    given = transcript.shares_given(device)
+    return [_spoiled(s, index) if (p in transcript.survivors) == alive else s for p, s in given.items()]
+
+
+def _other_kind(device: str) -> list[bytes]:
+    """Of every neighbour the kind of share that was not asked for; of `device` itself, which has one kind, that one."""
+    transcript = session("active-6-dropout")
+    held, given = transcript.device(device).held, transcript.shares_given(device)
+    return [(held[p][36:] if p in transcript.survivors else held[p][:36]) if p in held else given[p] for p in given]
+
+
+def _both_of_the_first(device: str) -> list[bytes]:
+    """Both kinds of the first neighbour, and so every later share in the place of the one before, the last left out."""
+    transcript = session("active-6-dropout")
+    held, shares = transcript.device(device).held, list(transcript.shares_given(device).values())
+    first = min(held)
+    return [*shares[: first + 1], held[first][36:], *shares[first + 1 : -1]]
+
+
+def _backwards(device: str) -> list[bytes]:
+    return list(session("active-6-dropout").shares_given(device).values())[::-1]
+
+
+_WRONG_PLACES: dict[str, Callable[[str], list[bytes]]] = {
+    "shares of the wrong kind": _other_kind,
+    "both kinds of a neighbour and so nothing of the last": _both_of_the_first,
+    "shares in another order": _backwards,
+}
 
 
 def _spoiled(share: bytes, index: int) -> bytes:
@@ -571,6 +665,7 @@ def _abandoned(name: str, stage: str, comment: str, replaced: dict[str, bytes]) 
 def server_vectors() -> Iterator[Vector]:
     yield from coordinator_refusals()
     yield from abandonments()
+    yield from tolerated()
 
 
 REFUSALS = {

@@ -210,6 +210,7 @@ def key_vectors() -> Iterator[Vector]:
         also = {"info": spec.lp(b"sv1/upload", device.encode(), b"chacha20-poly1305")}
         yield Vector("upload_key", device, inputs, spec.upload_key(secret, device, session=SESSION), also=also)
     yield from _tags(spec.upload_key(secret, "pi-1", session=SESSION), secret)
+    yield from _payloads()
     yield from _ciphertexts(secret)
 
 
@@ -238,6 +239,23 @@ def _tags(key: bytes, secret: bytes) -> Iterator[Vector]:
         },
     }.items():  # fmt: skip
         yield Vector("verify_chunk", comment, inputs | changes, error="BadBlob", flags=("Tag",))
+
+
+def _payloads() -> Iterator[Vector]:
+    """What carries a chunk: 40 bytes and its content."""
+    content = FixedEntropy("uploaded")(24)
+    for index, chunk in ((0, content), (1, content[:1]), (258, b""), (2**32, content)):
+        parts = {"session": SESSION, "index": index, "content": chunk}
+        payload = spec.chunk_payload(SESSION, index, chunk)
+        comment = f"chunk {index} of {len(chunk)} bytes"
+        yield Vector("chunk_payload", comment, parts, payload)
+        yield Vector("parse_chunk", comment, {"payload": payload}, parts)
+    for comment, payload in (
+        ("no bytes", b""),
+        ("a session only", SESSION),
+        ("a byte too few", SESSION + bytes(7)),
+    ):
+        yield Vector("parse_chunk", comment, {"payload": payload}, error="MalformedMessage", flags=("Malformed",))
 
 
 def _ciphertexts(secret: bytes) -> Iterator[Vector]:
@@ -278,12 +296,13 @@ def share_vectors() -> Iterator[Vector]:
     for comment, content, error in (
         ("the largest limb", b"\xf0\xff" * 18, None), ("a limb of 65521", b"\xf1\xff" + bytes(34), "BadShare"),
         ("the last limb of 65535", bytes(34) + b"\xff\xff", "BadShare"), ("35 bytes", bytes(35), "BadShare"),
-        ("37 bytes", bytes(37), "BadShare"), ("no bytes", b"", "BadShare"),
+        ("37 bytes", bytes(37), "BadShare"), ("two shares", bytes(range(72)), None), ("no shares", b"", None),
+        ("the last limb of the second 65521", bytes(70) + b"\xf1\xff", "BadShare"),
+        ("two shares but for a byte", bytes(71), "BadShare"),
     ):  # fmt: skip
-        expected = spec.words(content, 2) if error is None else None
-        yield Vector(
-            "parse_share", comment, {"share": content}, expected, error, () if error is None else ("ShareRange",)
-        )
+        expected = [spec.words(share, 2) for share in spec.pieces(content, 36)] if error is None else None
+        flags = () if error is None else ("ShareRange",)
+        yield Vector("parse_shares", comment, {"shares": content}, expected, error, flags)
 
 
 def _split(comment: str, secrets: list[bytes], x: list[int], t: int, entropy: bytes) -> Vector:
@@ -459,7 +478,7 @@ FILES = {
     "hashes": ("Hashes of section 4", hash_vectors),
     "envelopes": ("Envelopes of section 2", envelope_vectors),
     "certificates": ("Certificates of section 2", certificate_vectors),
-    "keys": ("X25519 secrets, derived keys and share ciphertexts of section 4", key_vectors),
+    "keys": ("X25519 secrets, derived keys, tags and chunks, and share ciphertexts of section 4", key_vectors),
     "shares": ("Secret sharing of section 5", share_vectors),
     "masks": ("Mask streams of section 4", mask_vectors),
     "lanes": ("Vectors of section 6, and sums that cannot be", lane_vectors),

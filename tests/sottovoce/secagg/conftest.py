@@ -6,7 +6,7 @@ import datetime
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -16,18 +16,21 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 
 from sottovoce.identity import Identity, SignedContext, TrustAnchor, new_key, subject
 from sottovoce.secagg.client import ClientSession, ClientTerms
+from sottovoce.secagg.client_stages import InputMasked
 from sottovoce.secagg.graph import GraphRule
 from sottovoce.secagg.keys import key_pair
 from sottovoce.secagg.server import STAGE_NAMES, Reply, ServerSession
 from sottovoce.wire.chunks import assemble
 from sottovoce.wire.codec import Opened, open_envelope, parse, seal
-from sottovoce.wire.messages import Message, SecAggParameters, Unmasking
+from sottovoce.wire.messages import MaskedInputRequest, Message, SecAggParameters, Unmasking
 
 FLEET, COORDINATOR, ROUND, ATTEMPT = "choir", "conductor", 7, 1
 PLAN, STATE = b"p" * 32, b"s" * 32
 AT = datetime.datetime(2026, 12, 1, tzinfo=datetime.UTC)
 LARGEST = 100
 UPLOAD_SEED = 999_999
+SHARE_BYTES, CIPHERTEXT_BYTES = 36, 88
+"""By the SPEC, written down a second time."""
 
 
 class FixedEntropy:
@@ -45,6 +48,9 @@ UPLOAD_KEY = key_pair(FixedEntropy(UPLOAD_SEED)(32)).public
 """The coordinator's, in every session of these tests but those that say otherwise."""
 
 
+Kind = Literal["self_seed", "mask_key"]
+
+
 @dataclass
 class Rehearsal:
     """One server and its clients; the test decides what is delivered, how often and in which order.
@@ -55,6 +61,7 @@ class Rehearsal:
         plain: Every device's plain vector, as it was before masking.
         requests: Everything the server has sent, per device, in order.
         answers: Everything the clients have answered, per device, in order.
+        entrusted: What every device holds of whom, read from its memory when it has masked its vector.
     """
 
     fleet: Fleet
@@ -63,6 +70,7 @@ class Rehearsal:
     plain: dict[str, bytes]
     requests: dict[str, list[Reply]] = field(default_factory=dict)
     answers: dict[str, list[Message]] = field(default_factory=dict)
+    entrusted: dict[str, dict[int, dict[Kind, bytes]]] = field(default_factory=dict)
 
     @property
     def devices(self) -> list[str]:
@@ -102,6 +110,8 @@ class Rehearsal:
         """Let a device answer `request`, and the server take the answer."""
         reply = self.clients[device].receive(request)  # type: ignore[arg-type]
         self.answers.setdefault(device, []).append(reply)
+        if isinstance(self.clients[device].stage, InputMasked):
+            self.entrusted[device] = self.holdings(device)
         self.send(device, reply)
         if upload and self.server.expected_vector(device) is not None:
             self.upload(device)
@@ -138,6 +148,42 @@ class Rehearsal:
     def shares_given(self) -> list[tuple[str, Unmasking]]:
         """Every unmasking answer that left a device."""
         return [(d, m) for d, sent in self.answers.items() for m in sent if isinstance(m, Unmasking)]
+
+    def holdings(self, device: str) -> dict[int, dict[Kind, bytes]]:
+        """The shares that a device which has masked its vector holds, of whom and of which kind."""
+        stage = self.clients[device].stage
+        assert isinstance(stage, InputMasked)
+        held: dict[int, dict[Kind, bytes]] = {
+            owner: {"self_seed": content[:SHARE_BYTES], "mask_key": content[SHARE_BYTES:]}
+            for owner, content in stage.held.items()
+        }
+        own: dict[int, dict[Kind, bytes]] = {stage.seat.position: {"self_seed": stage.own_share}}
+        return dict(sorted((held | (own if stage.own_share else {})).items()))
+
+    def kinds_given(self, device: str, given: Unmasking) -> dict[int, Kind]:
+        """Of whom an answer gives a share and of which kind, found by comparing it with what the device holds."""
+        held, shares = self.entrusted[device], self.cut(given.shares, SHARE_BYTES)
+        assert len(shares) == len(held)
+        kinds: dict[int, Kind] = {}
+        for (owner, of_owner), share in zip(held.items(), shares, strict=True):
+            (kinds[owner],) = (kind for kind, content in of_owner.items() if content == share)
+        return kinds
+
+    @staticmethod
+    def cut(content: bytes, size: int) -> list[bytes]:
+        """Pieces of `size` bytes, and all of them."""
+        assert len(content) % size == 0
+        return [content[at : at + size] for at in range(0, len(content), size)]
+
+    def forwarded(self, request: MaskedInputRequest) -> list[tuple[int, bytes]]:
+        """Whose ciphertext is which."""
+        return [*zip(request.senders, self.cut(request.ciphertexts, CIPHERTEXT_BYTES), strict=True)]
+
+    @staticmethod
+    def forwarding(ciphertexts: Iterable[tuple[int, bytes]]) -> MaskedInputRequest:
+        """The request that forwards these, right or wrong."""
+        pairs = [*ciphertexts]
+        return MaskedInputRequest(tuple(sender for sender, _ in pairs), b"".join(content for _, content in pairs))
 
 
 @dataclass

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import tracemalloc
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -67,6 +69,22 @@ def test_many_masks_in_one_pass_are_the_same_as_one_after_another(
     assert together == singly
 
 
+@pytest.mark.parametrize("wide_bytes", [16, 24, 2**17 + 24])
+@pytest.mark.parametrize("blocks", [1, 2, 3, 5])
+def test_an_aes_stream_over_several_blocks_is_the_librarys_counter_mode(
+    fleet: Any, fixed_entropy: Any, blocks: int, wide_bytes: int
+) -> None:
+    """Lengths that end in the middle of a counter too: multiples of 8 and not of 16."""
+    entropy = fixed_entropy(blocks)
+    for odd in (-16, -8, 0, 8, 16, 24):
+        length = blocks * 2**17 + wide_bytes + odd
+        expander = MaskExpander(fleet.parameters(vector_bytes=length, wide_bytes=wide_bytes))
+        for _ in range(2):  # The second stream of one expander starts at zero again.
+            key, vector = entropy(16), bytearray(length)
+            expander.add(vector, key)
+            assert vector == stream("aes-128-ctr", key, length)
+
+
 @pytest.mark.parametrize(("width", "word"), [(9, "<u2"), (16, "<u2"), (17, "<u4"), (26, "<u4"), (32, "<u4")])
 def test_a_packed_entry_is_masked_modulo_two_to_its_width(
     fleet: Any, fixed_entropy: Any, width: int, word: str
@@ -92,23 +110,42 @@ def test_a_packed_entry_is_masked_modulo_two_to_its_width(
     assert received[-24:] == bytes(24)
 
 
-@pytest.mark.parametrize("packed", [(), ((16, 2**20),), ((26, 2**20),)])
-def test_no_temporary_is_as_long_as_the_vector(fleet: Any, packed: Any) -> None:
-    """Masking, packing and adding a vector of millions of bytes need less than its own size beside it."""
-    wire_bytes = 2**22 if not packed else packed[0][0] * 2**17
-    parameters = fleet.parameters(vector_bytes=wire_bytes + 16, wide_bytes=16, packed=packed)
-    vector, total = bytearray(unpacked_bytes(parameters)), bytearray(unpacked_bytes(parameters))
-    expander = MaskExpander(parameters)
-    for step, limit in (
-        (lambda: expander.add(vector, bytes(16)), 2**14),
-        (lambda: pack(vector, parameters), 3 * 2**20),
-        (lambda: add_packed_into(total, vector, parameters), 3 * 2**20 if packed and packed[0][0] != 16 else 2**14),
-    ):
-        tracemalloc.start()
-        step()
-        _, peak = tracemalloc.get_traced_memory()
-        tracemalloc.stop()
-        assert peak < limit
+def peak_of(step: Callable[[], object]) -> int:
+    """The most bytes that `step` has taken at any one time."""
+    tracemalloc.start()
+    kept = step()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    del kept
+    return peak
+
+
+@pytest.mark.parametrize("cipher", ["aes-128-ctr", "chacha20"])
+@pytest.mark.parametrize("width", [0, 16, 26])
+def test_no_temporary_grows_with_the_vector(fleet: Any, width: int, cipher: str) -> None:
+    """Beside a vector of millions of bytes masking, packing and adding need as much as beside one four times as long.
+
+    Masking needs the expander's three blocks, and for a moment the numbers of one block's counters (64 kB).
+    """
+    lengths, peaks = [], []
+    for count in (2**20, 2**22):
+        packed = ((width, count),) if width else ()
+        wire_bytes = (width or 32) * count // 8
+        parameters = fleet.parameters(vector_bytes=wire_bytes + 16, wide_bytes=16, packed=packed, cipher=cipher)
+        vector, total = bytearray(unpacked_bytes(parameters)), bytearray(unpacked_bytes(parameters))
+        key = bytes(16 if cipher == "aes-128-ctr" else 32)
+        expander = MaskExpander(parameters)
+        lengths.append(len(vector))
+        made = peak_of(partial(MaskExpander, parameters))
+        assert made < 2**19 + len(vector) // 64, "beside its blocks, only where each of them belongs"
+        masked = peak_of(partial(expander.apply, vector, added=[key] * 3, subtracted=[key] * 3))
+        wire = peak_of(partial(pack, vector, parameters)), peak_of(partial(add_packed_into, total, vector, parameters))
+        assert masked < 2**17
+        assert max(wire) < (2**21 if width == 26 else 2**14)
+        peaks.append((masked, *wire))
+    assert lengths[1] > 3.9 * lengths[0] > 2**22
+    for shorter, longer in zip(*peaks, strict=True):
+        assert longer < shorter + 2**14
 
 
 def test_the_last_stream_can_be_erased(fleet: Any) -> None:

@@ -24,7 +24,8 @@ from sottovoce.secagg.graph import GraphParameters
 from sottovoce.secagg.segments import add_into, reduce
 from sottovoce.secagg.server import STAGE_NAMES, ServerSession
 from sottovoce.secagg.server_stages import Unmasked
-from sottovoce.wire.chunks import assemble
+from sottovoce.secagg.uploads import ExpectedVector
+from sottovoce.wire.chunks import Assembly, assemble, decode_vector_chunk
 from sottovoce.wire.codec import open_envelope, parse, seal
 from sottovoce.wire.messages import AdvertiseKeysRequest, SecAggParameters
 
@@ -111,17 +112,26 @@ class Choir:
         advertising = isinstance(reply.message, AdvertiseKeysRequest)
         if isinstance(device, SpecDevice):
             answer = device.advertise() if advertising else device.receive(payload)
-            vector: Any = device.vector
         else:
             message = device.advertise() if advertising else device.receive(reply.message)
             session = bytes(32) if advertising else device.session_id
             answer = self.fleet.envelope(reply.device, message, session=session)
-            vector = device.masked_vector
         certificate = self.fleet.identities[reply.device].certificate
         self.server.receive(open_envelope(parse(answer), certificate, answer))
         announced = self.server.expected_vector(reply.device)
         if announced is not None:
-            self.server.add_vector(reply.device, assemble(announced, vector))
+            by_the_spec = isinstance(device, SpecDevice)
+            upload = self._carried(device, announced) if by_the_spec else assemble(announced, device.masked_vector)
+            self.server.add_vector(reply.device, upload)
+
+    def _carried(self, device: SpecDevice, announced: ExpectedVector) -> Assembly[ExpectedVector]:
+        """The masked vector as its chunks' payloads bring it."""
+        upload = Assembly(announced)
+        for payload in device.upload():
+            chunk = decode_vector_chunk(payload)
+            assert chunk.session == self.server.session_id
+            upload.add(chunk.index, chunk.content)
+        return upload
 
     def plain_sum(self) -> bytes:
         total = bytearray(len(next(iter(self.plain.values()))))
@@ -179,6 +189,6 @@ def test_a_lie_ends_the_session_of_a_device_by_the_spec_too(fleet: Any) -> None:
     device = next(iter(choir.devices.values()))
     assert device.held == {}
     with pytest.raises(spec.Refused):
-        device.mask_input([])
+        device.mask_input([], b"")
     with pytest.raises(spec.Refused):
         device.share_keys(b"a" * 32 + b"a" * 32 + b"b" * 32, 2, 2, [])

@@ -35,7 +35,14 @@ from sottovoce.secagg.lanes import Layout, decode, encode, layout_of
 from sottovoce.secagg.segments import add_into
 from sottovoce.secagg.server_stages import CollectingInputs, CollectingShares, SharingKeys, Unmasked
 from sottovoce.wire.codec import open_envelope, parse, seal
-from sottovoce.wire.messages import AdvertiseKeys, MaskedInputRequest, ShareKeys, SurvivorsRequest, UnmaskingRequest
+from sottovoce.wire.messages import (
+    AdvertiseKeys,
+    MaskedInputRequest,
+    ShareKeys,
+    SurvivorsRequest,
+    Unmasking,
+    UnmaskingRequest,
+)
 
 PACKAGE = Path(sottovoce.secagg.__file__).parent
 SOURCES = sorted(PACKAGE.glob("*.py"))
@@ -102,7 +109,8 @@ def test_flower_one_id_alive_and_dropped_cannot_be_said() -> None:
     """Flower's unmasking request had two lists, and a client in both was unmasked. Here there is one set."""
     assert UnmaskingRequest.__struct_fields__ == ("survivors", "signatures", "inclusions")
     assert SurvivorsRequest.__struct_fields__ == ("survivors",)
-    assert set(MaskedInputRequest.__struct_fields__) == {"shares"}
+    assert MaskedInputRequest.__struct_fields__ == ("senders", "ciphertexts")
+    assert Unmasking.__struct_fields__ == ("shares",), "and no place for two shares of one owner in the answer"
 
 
 @pytest.mark.parametrize("mode", ["active", "curious"])
@@ -112,10 +120,12 @@ def test_flower_one_id_alive_and_dropped_no_device_gives_both_kinds_of_share(fle
     for device in rehearsal.devices[:7]:
         client, request = rehearsal.clients[device], requests[device]
         given = rehearsal.answer(device, request)
-        owners = [owner for owner, _ in given.self_seed_shares], [owner for owner, _ in given.mask_key_shares]
-        assert not set(owners[0]) & set(owners[1])
-        assert sorted(owners[0] + owners[1]) == list(range(8))
-        other = tuple(position for position in request.survivors if position != owners[0][0])
+        kinds, held = rehearsal.kinds_given(device, given), rehearsal.entrusted[device]
+        assert kinds == {owner: "self_seed" if owner in request.survivors else "mask_key" for owner in range(8)}
+        withheld = [share for owner, both in held.items() for kind, share in both.items() if kind != kinds[owner]]
+        assert len(withheld) == 7
+        assert not [share for share in withheld if share in given.shares]
+        other = request.survivors[1:]
         with pytest.raises((UnexpectedMessage, RemoteProtocolError)):
             client.receive(replace(request, survivors=other))
         assert isinstance(client.stage, Aborted)
@@ -258,7 +268,8 @@ def test_flower_training_inside_the_masked_stage_a_device_lost_while_training_co
     rehearsal.run_until(Unmasked, silent={"advertise_keys": rehearsal.devices[11:]})
     assert bytes(rehearsal.server.result) == rehearsal.plain_sum(rehearsal.devices[:11])
     assert len(rehearsal.requests[rehearsal.devices[0]][0].message.leaves) == 32 * 11
-    assert not [share for _, given in rehearsal.shares_given() for share in given.mask_key_shares]
+    kinds = [rehearsal.kinds_given(device, given) for device, given in rehearsal.shares_given()]
+    assert kinds == [dict.fromkeys(range(11), "self_seed")] * 11
 
 
 # --- FedML: LightSecAgg sends mask shares in the clear ----------------------------------------------------------------
@@ -274,9 +285,8 @@ def test_fedml_lightsecagg_shares_in_the_clear_no_share_is_in_any_message_that_t
     requests = {reply.device: reply.message for reply in rehearsal.server.outstanding()}
     for device, request in requests.items():
         rehearsal.answer(device, request)
-        stage = rehearsal.clients[device].stage
-        assert isinstance(stage, InputMasked)
-        secrets |= {share for held in stage.held.values() for share in (held.self_seed, held.mask_key)}
+        assert isinstance(rehearsal.clients[device].stage, InputMasked)
+        secrets |= {share for both in rehearsal.holdings(device).values() for share in both.values()}
     assert len(secrets) == 8 * 3 + 8 * 7 * 2
     seen = [msgspec.msgpack.encode(m) for answers in rehearsal.answers.values() for m in answers]
     seen += [msgspec.msgpack.encode(reply.message) for sent in rehearsal.requests.values() for reply in sent]
@@ -287,15 +297,26 @@ def test_fedml_lightsecagg_shares_in_the_clear_nobody_but_the_neighbour_opens_th
     rehearsal = fleet.rehearse(5)
     requests = rehearsal.run_until(CollectingInputs)
     sent = [message for answers in rehearsal.answers.values() for message in answers if isinstance(message, ShareKeys)]
-    ciphertexts = [ciphertext for message in sent for ciphertext in message.ciphertexts]
+    ciphertexts = [ciphertext for message in sent for ciphertext in rehearsal.cut(message.ciphertexts, 88)]
     assert len(set(ciphertexts)) == 5 * 4
-    reader = rehearsal.clients[rehearsal.devices[0]]
+    reader_name = rehearsal.devices[0]
+    reader = rehearsal.clients[reader_name]
     assert isinstance(reader.stage, KeysShared)
-    own = {ciphertext for _, ciphertext in requests[rehearsal.devices[0]].shares}
+    own = {ciphertext for _, ciphertext in rehearsal.forwarded(requests[reader_name])}
+    incoming = [
+        keys.share_channel_key(channel, sender=reader.stage.seat.neighbours[position].device, recipient=reader_name)
+        for position, channel in reader.stage.channels.items()
+    ]
+    opened = 0
     for ciphertext in ciphertexts:
-        for key in (channel.incoming for channel in reader.stage.channels.values()) if ciphertext not in own else ():
-            with pytest.raises(BadShare):
+        for key in incoming:
+            try:
                 keys.decrypt_shares(key, ciphertext, session=reader.session_id)
+                opened += 1
+                assert ciphertext in own
+            except BadShare:
+                pass
+    assert opened == len(own) == 4
 
 
 # --- Fed-BioMed: no dropout tolerated, overflow at 4 and at 10 nodes (#1056, #1210) -----------------------------------

@@ -5,6 +5,7 @@ Every attack ends in a named error; the device drops its secrets, the server kee
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import hashlib
@@ -36,7 +37,8 @@ from sottovoce.errors import (
 from sottovoce.identity import SignedContext
 from sottovoce.secagg import keys, shamir
 from sottovoce.secagg.client import ClientTerms
-from sottovoce.secagg.client_stages import Aborted, Revealed
+from sottovoce.secagg.client_stages import Aborted, InputMasked, Revealed
+from sottovoce.secagg.graph import GraphParameters
 from sottovoce.secagg.roster import check_advertisement
 from sottovoce.secagg.server_stages import (
     Abandoned,
@@ -98,7 +100,7 @@ def reissued(message_changes: dict[str, Any], context_changes: dict[str, Any], *
     def change(roster: Roster, rehearsal: Any) -> Roster:
         envelope = parse(roster.advertisements[0])
         advertisement = msgspec.msgpack.decode(envelope.body, type=AdvertiseKeys)
-        context = {name: getattr(envelope.context, name) for name in SignedContext.__dataclass_fields__}
+        context = {name: getattr(envelope.context, name) for name in SignedContext.__struct_fields__}
         identity = rehearsal.fleet.identities[envelope.sender]
         payload = seal(
             replace(advertisement, **message_changes), identity, SignedContext(**(context | context_changes))
@@ -237,7 +239,7 @@ def test_fewer_than_the_sessions_own_minimum_are_refused_before_masking(fleet: A
     rehearsal = fleet.rehearse(8, parameters=fleet.parameters(minimum_survivors=7))
     requests = rehearsal.run_until(CollectingInputs)
     device = rehearsal.devices[0]
-    fewer = replace(requests[device], shares=requests[device].shares[:5])
+    fewer = rehearsal.forwarding(rehearsal.forwarded(requests[device])[:5])
     assert_refused(rehearsal.clients[device], fewer, RemoteProtocolError, "needs 7")
 
 
@@ -302,23 +304,45 @@ def test_an_owner_cannot_go_below_the_hard_floors(changes: dict[str, Any]) -> No
 # --- shares and masked input ------------------------------------------------------------------------------------------
 
 
-def redirected(request: MaskedInputRequest, rehearsal: Any) -> MaskedInputRequest:
-    (first, one), (second, other), *rest = request.shares
-    return replace(request, shares=((first, other), (second, one), *rest))
+def forwarded_as(change: Callable[[list[tuple[int, bytes]]], list[tuple[int, bytes]]]) -> Change:
+    """What the server forwards, with `change` made to the pairs of sender and ciphertext."""
+    return lambda request, rehearsal: rehearsal.forwarding(change(rehearsal.forwarded(request)))
+
+
+def redirected(pairs: list[tuple[int, bytes]]) -> list[tuple[int, bytes]]:
+    (first, one), (second, other), *rest = pairs
+    return [(first, other), (second, one), *rest]
 
 
 MASKINGS: dict[str, tuple[Change, type[SottovoceError]]] = {
-    "below the threshold": (lambda r, _: replace(r, shares=r.shares[:2]), RemoteProtocolError),
-    "no shares at all": (lambda r, _: replace(r, shares=()), RemoteProtocolError),
-    "an unknown position": (lambda r, _: replace(r, shares=(*r.shares, (6, r.shares[0][1]))), MalformedMessage),
-    "a negative position": (lambda r, _: replace(r, shares=((-1, b""), *r.shares)), MalformedMessage),
-    "a position twice": (lambda r, _: replace(r, shares=(r.shares[0], *r.shares)), MalformedMessage),
-    "unsorted": (lambda r, _: replace(r, shares=tuple(reversed(r.shares))), MalformedMessage),
-    "shares swapped": (redirected, BadShare),
-    "a byte changed": (
-        lambda r, _: replace(r, shares=((r.shares[0][0], b"\0" * len(r.shares[0][1])), *r.shares[1:])), BadShare,
+    "below the threshold": (forwarded_as(lambda p: p[:2]), RemoteProtocolError),
+    "no shares at all": (forwarded_as(lambda p: []), RemoteProtocolError),
+    "an unknown position": (forwarded_as(lambda p: [*p, (6, p[0][1])]), MalformedMessage),
+    "a negative position": (forwarded_as(lambda p: [(-1, p[0][1]), *p]), MalformedMessage),
+    "a position twice": (forwarded_as(lambda p: [p[0], *p]), MalformedMessage),
+    "unsorted": (forwarded_as(lambda p: p[::-1]), MalformedMessage),
+    "shares swapped": (forwarded_as(redirected), BadShare),
+    "another order of the ciphertexts": (
+        lambda r, one: replace(r, ciphertexts=b"".join(one.cut(r.ciphertexts, 88)[::-1])), BadShare,
     ),
-    "cut short": (lambda r, _: replace(r, shares=((r.shares[0][0], b"short"), *r.shares[1:])), BadShare),
+    "one ciphertext for all": (lambda r, _: replace(r, ciphertexts=r.ciphertexts[:88] * len(r.senders)), BadShare),
+    "a byte changed": (forwarded_as(lambda p: [(p[0][0], b"\0" * len(p[0][1])), *p[1:]]), BadShare),
+    "a byte moved over the border": (
+        forwarded_as(lambda p: [(p[0][0], p[0][1][:-1]), (p[1][0], p[0][1][-1:] + p[1][1][1:] + b"x"), *p[2:]]),
+        BadShare,
+    ),
+    "cut short": (forwarded_as(lambda p: [(p[0][0], b"short"), *p[1:]]), MalformedMessage),
+    "a byte less": (lambda r, _: replace(r, ciphertexts=r.ciphertexts[:-1]), MalformedMessage),
+    "a byte more": (lambda r, _: replace(r, ciphertexts=r.ciphertexts + b"x"), MalformedMessage),
+    "no ciphertexts": (lambda r, _: replace(r, ciphertexts=b""), MalformedMessage),
+    "one ciphertext less than senders": (lambda r, _: replace(r, ciphertexts=r.ciphertexts[:-88]), MalformedMessage),
+    "one ciphertext more than senders": (
+        lambda r, _: replace(r, ciphertexts=r.ciphertexts + r.ciphertexts[-88:]), MalformedMessage,
+    ),
+    "one sender less than ciphertexts": (lambda r, _: replace(r, senders=r.senders[:-1]), MalformedMessage),
+    "one sender left out and the ciphertexts shifted": (
+        lambda r, _: replace(r, senders=r.senders[1:], ciphertexts=r.ciphertexts[:-88]), BadShare,
+    ),
 }  # fmt: skip
 
 
@@ -334,18 +358,48 @@ def test_shares_that_are_not_the_neighbours_are_refused_before_masking(fleet: An
     assert bytes(vector) == bytes(len(vector))
 
 
-@pytest.mark.parametrize(
-    "shares", [b"\xff\xff" * 36, b"\x00\x00" * 35 + b"\xf1\xff", b"\x00" * 70, b"\x00" * 74], ids=len
-)
-def test_a_limb_or_length_out_of_range_is_refused_though_it_decrypts(fleet: Any, shares: bytes) -> None:
+@pytest.mark.parametrize("shares", [b"\xff\xff" * 36, b"\x00\x00" * 35 + b"\xf1\xff"], ids=len)
+def test_a_limb_out_of_range_is_refused_though_it_decrypts(fleet: Any, shares: bytes) -> None:
+    client, request, rehearsal = masking(fleet)
+    first, *rest = rehearsal.forwarded(request)
+    forged = rehearsal.forwarding([(first[0], resealed(client, first[0], shares)), *rest])
+    assert_refused(client, forged, BadShare)
+
+
+@pytest.mark.parametrize("sizes", [(70, 72), (74, 72), (70, 74), (74, 70), (0, 144)], ids=str)
+def test_a_length_out_of_range_is_refused_though_it_decrypts(fleet: Any, sizes: tuple[int, int]) -> None:
+    """Two neighbours together: what the one has too few the other has too many, or else the total shows it."""
+    client, request, rehearsal = masking(fleet)
+    first, second, *rest = rehearsal.forwarded(request)
+    contents = [
+        (position, resealed(client, position, bytes(size)))
+        for (position, _), size in zip((first, second), sizes, strict=True)
+    ]
+    expected = BadShare if sum(sizes) == 144 else MalformedMessage
+    assert_refused(client, rehearsal.forwarding([*contents, *rest]), expected)
+
+
+def test_shares_of_the_right_form_are_accepted_so_that_the_two_before_prove_something(fleet: Any) -> None:
+    client, request, rehearsal = masking(fleet)
+    first, *rest = rehearsal.forwarded(request)
+    client.receive(rehearsal.forwarding([(first[0], resealed(client, first[0], bytes(72))), *rest]))
+    assert isinstance(client.stage, InputMasked)
+
+
+def masking(fleet: Any) -> tuple[Any, MaskedInputRequest, Any]:
+    """A device that is about to mask, what it is asked, and its rehearsal."""
     rehearsal = fleet.rehearse(6)
     requests = rehearsal.run_until(CollectingInputs)
     device = rehearsal.devices[0]
-    client = rehearsal.clients[device]
-    position, _ = requests[device].shares[0]
-    ciphertext = keys.encrypt_shares(client.stage.channels[position].incoming, shares, session=client.session_id)
-    forged = ((position, ciphertext), *requests[device].shares[1:])
-    assert_refused(client, MaskedInputRequest(shares=forged), BadShare)
+    return rehearsal.clients[device], requests[device], rehearsal
+
+
+def resealed(client: Any, position: int, shares: bytes) -> bytes:
+    """What the neighbour at `position` could have encrypted instead, being corrupt."""
+    stage = client.stage
+    sender, recipient = stage.seat.neighbours[position].device, client._setting.device
+    key = keys.share_channel_key(stage.channels[position], sender=sender, recipient=recipient)
+    return keys.encrypt_shares(key, shares, session=client.session_id)
 
 
 def test_a_replayed_session_is_refused(fleet: Any) -> None:
@@ -583,8 +637,11 @@ def test_a_renewed_certificate_does_not_take_over_a_seat(fleet: Any) -> None:
     "change",
     [
         lambda m: replace(m, commitment=b"short"),
-        lambda m: replace(m, ciphertexts=m.ciphertexts[1:]),
-        lambda m: replace(m, ciphertexts=(b"short", *m.ciphertexts[1:])),
+        lambda m: replace(m, ciphertexts=m.ciphertexts[88:]),
+        lambda m: replace(m, ciphertexts=m.ciphertexts + m.ciphertexts[:88]),
+        lambda m: replace(m, ciphertexts=m.ciphertexts[:-1]),
+        lambda m: replace(m, ciphertexts=m.ciphertexts + b"x"),
+        lambda m: replace(m, ciphertexts=b""),
     ],
 )
 def test_the_server_refuses_shares_of_the_wrong_form(fleet: Any, change: Any) -> None:
@@ -646,24 +703,36 @@ def test_the_server_refuses_signatures_and_shares_it_did_not_ask_for(fleet: Any)
     assert silent not in requests
     with pytest.raises(RemoteProtocolError, match="not asked"):
         rehearsal.send(silent, shares)
-    (first, content), *rest = shares.self_seed_shares
+    content = shares.shares
+    assert len(content) == 36 * 8
     for wrong, error in [
-        (replace(shares, self_seed_shares=tuple(rest)), MalformedMessage),
-        (replace(shares, self_seed_shares=(*shares.self_seed_shares, (first, content))), MalformedMessage),
-        (replace(shares, self_seed_shares=((first, content[1:]), *rest)), BadShare),
-        (replace(shares, self_seed_shares=((first, b"\xff" * 36), *rest)), BadShare),
-        (Unmasking(self_seed_shares=shares.mask_key_shares, mask_key_shares=shares.self_seed_shares), MalformedMessage),
+        (content[36:], MalformedMessage),
+        (content + content[:36], MalformedMessage),
+        (content * 2, MalformedMessage),  # Both kinds of share for everybody have no place.
+        (b"", MalformedMessage),
+        (content[1:], MalformedMessage),
+        (content + b"\0", MalformedMessage),
+        (b"\xff" * 36 + content[36:], BadShare),
+        (content[:-2] + b"\xf1\xff", BadShare),
     ]:
         with pytest.raises(error):
-            rehearsal.send(device, wrong)
+            rehearsal.send(device, Unmasking(wrong))
         assert device in rehearsal.server.waiting_for()
     rehearsal.send(device, shares)
     rehearsal.run_until(Unmasked)
     assert bytes(rehearsal.server.result) == rehearsal.plain_sum(rehearsal.devices[:7])
 
 
+def cut(shares: bytes) -> list[bytes]:
+    return [shares[at : at + 36] for at in range(0, len(shares), 36)]
+
+
+def wrong_shares(answer: Unmasking, liar: int = 0) -> Unmasking:
+    """Other shares that are in range, wrong in another way for every liar."""
+    return Unmasking(b"".join(wrong_share(share, liar) for share in cut(answer.shares)))
+
+
 def wrong_share(content: bytes, liar: int = 0) -> bytes:
-    """Another share that is in range, wrong in another way for every liar."""
     # Hashed, for errors that lie on a polynomial of low degree can vanish at 0 and leave the secret right.
     error = 1 + int.from_bytes(hashlib.sha256(bytes([liar])).digest(), "little") % (shamir.PRIME - 1)
     limb = (int.from_bytes(content[:2], "little") + error) % shamir.PRIME
@@ -677,10 +746,7 @@ def test_a_few_wrong_shares_are_survived(fleet: Any, liars: int) -> None:
     for index, device in enumerate(rehearsal.devices[:12]):
         answer = rehearsal.clients[device].receive(requests[device])
         if index % 3 == 0 and index < 3 * liars:
-            answer = Unmasking(
-                self_seed_shares=tuple((owner, wrong_share(share)) for owner, share in answer.self_seed_shares),
-                mask_key_shares=tuple((owner, wrong_share(share)) for owner, share in answer.mask_key_shares),
-            )
+            answer = wrong_shares(answer)
         rehearsal.send(device, answer)
     rehearsal.close()
     assert bytes(rehearsal.server.result) == rehearsal.plain_sum(rehearsal.devices[:12])
@@ -692,13 +758,96 @@ def test_too_many_wrong_shares_abandon_the_round_and_no_garbage_comes_out(fleet:
     for index, device in enumerate(rehearsal.devices):
         answer = rehearsal.clients[device].receive(requests[device])
         if index < 5:
-            shares = tuple((owner, wrong_share(share, index)) for owner, share in answer.self_seed_shares)
-            answer = replace(answer, self_seed_shares=shares)
+            answer = wrong_shares(answer, index)
         rehearsal.send(device, answer)
     with pytest.raises(RoundAbandoned) as caught:
         rehearsal.close()
     assert caught.value.reason == "bad_shares"
     assert rehearsal.server.stage == Abandoned("bad_shares")
+
+
+def reordered(change: Callable[[list[bytes]], list[bytes]]) -> Callable[[Any, str, Unmasking], Unmasking]:
+    return lambda _rehearsal, _device, answer: Unmasking(b"".join(change(cut(answer.shares))))
+
+
+def of_the_other_kind(rehearsal: Any, device: str, answer: Unmasking) -> Unmasking:
+    """The shares that nobody asked for: of a survivor's mask key, of a dropped member's self seed."""
+    kinds = rehearsal.kinds_given(device, answer)
+    shares = []
+    for owner, both in rehearsal.entrusted[device].items():
+        others = [content for kind, content in both.items() if kind != kinds[owner]]
+        shares.append(others[0] if others else both[kinds[owner]])  # Of its own mask key it holds no share.
+    return Unmasking(b"".join(shares))
+
+
+LIES: dict[str, Callable[[Any, str, Unmasking], Unmasking]] = {
+    "backwards": reordered(lambda shares: shares[::-1]),
+    "the first two swapped": reordered(lambda shares: [shares[1], shares[0], *shares[2:]]),
+    "all one place further": reordered(lambda shares: [*shares[1:], shares[0]]),
+    "one share for everybody": reordered(lambda shares: shares[:1] * len(shares)),
+    "of the other kind": of_the_other_kind,
+}
+
+
+@pytest.mark.parametrize("mode", ["active", "curious"])
+@pytest.mark.parametrize("liars", [1, 2, 4, 6, 12])
+@pytest.mark.parametrize("lie", LIES)
+def test_shares_in_the_wrong_order_or_of_the_wrong_kind_never_make_a_wrong_sum(
+    fleet: Any, mode: str, liars: int, lie: str
+) -> None:
+    """An answer does not name whose share is which: such a lie shows only in what is rebuilt from it.
+
+    When all twelve tell the same one, every subset agrees on a secret, of somebody else or of the other kind.
+    """
+    rehearsal = fleet.rehearse(14, parameters=fleet.parameters(mode=mode))
+    devices, silent = rehearsal.devices, {"share_keys": rehearsal.devices[3:4], "masked_input": rehearsal.devices[8:9]}
+    alive = [device for device in devices if device not in (devices[3], devices[8])]
+    requests = rehearsal.run_until(CollectingShares, silent=silent)
+    assert len(alive) == len(requests) == 12
+    for index, device in enumerate(alive):
+        answer = rehearsal.clients[device].receive(requests[device])
+        lying = LIES[lie](rehearsal, device, answer)
+        assert len(lying.shares) == len(answer.shares)
+        assert lying != answer
+        rehearsal.send(device, lying if index < liars else answer)
+    if liars <= 2:
+        rehearsal.close()
+    elif liars <= 4:
+        with contextlib.suppress(RoundAbandoned):
+            rehearsal.close()
+    else:
+        with pytest.raises(RoundAbandoned, match="bad_shares"):
+            rehearsal.close()
+    if isinstance(rehearsal.server.stage, Unmasked):
+        assert bytes(rehearsal.server.result) == rehearsal.plain_sum(alive)
+    else:
+        assert rehearsal.server.stage == Abandoned("bad_shares")
+        with pytest.raises(LocalProtocolError):
+            _ = rehearsal.server.result
+
+
+@pytest.mark.parametrize("one_in", [20, 1])
+def test_on_a_ring_shares_in_the_wrong_order_never_make_a_wrong_sum(fleet: Any, one_in: int) -> None:
+    """There every member has other neighbours, in another order: a few liars are survived, all end the round."""
+    names = [f"pi-{number:03}" for number in range(201)]
+    identities = {name: fleet.identities.get(name) or fleet.issue(name, "device") for name in names}
+    parameters = fleet.parameters(mode="curious", maximum_clients=201)
+    rehearsal = dataclasses.replace(fleet, identities=identities).rehearse(
+        201, parameters=parameters, graph_rule=lambda _: GraphParameters(24, 12)
+    )
+    requests = rehearsal.run_until(CollectingShares, silent={"share_keys": names[5:7], "masked_input": names[40:43]})
+    alive = [name for name in names if name in requests]
+    assert len(alive) == 196
+    for index, device in enumerate(alive):
+        answer = rehearsal.clients[device].receive(requests[device])
+        lying = LIES["backwards"](rehearsal, device, answer)
+        rehearsal.send(device, answer if index % one_in else lying)
+    if one_in == 1:
+        with pytest.raises(RoundAbandoned, match="bad_shares"):
+            rehearsal.close()
+        return
+    rehearsal.close()
+    assert bytes(rehearsal.server.result) == rehearsal.plain_sum(alive)
 
 
 def test_a_member_that_committed_to_another_seed_abandons_the_round(fleet: Any) -> None:
@@ -838,15 +987,18 @@ def test_a_device_shown_another_coordinator_key_than_the_others_is_in_another_se
     position = rehearsal.server.stage.cohort.position_of
     neighbours = [p for p in range(7) if p != position[victim]]
     peer = devices[1]
-    for_peer = shared[victim].ciphertexts[neighbours.index(position[peer])]
+    for_peer = rehearsal.cut(shared[victim].ciphertexts, 88)[neighbours.index(position[peer])]
     asked = rehearsal.close()
-    told = tuple(sorted((*asked[peer].shares, (position[victim], for_peer))))
-    assert_refused(rehearsal.clients[peer], MaskedInputRequest(shares=told), BadShare)
-    for_victim = tuple(
-        (position[d], shared[d].ciphertexts[[p for p in range(7) if p != position[d]].index(position[victim])])
-        for d in sorted(devices[1:], key=position.__getitem__)
+    told = sorted((*rehearsal.forwarded(asked[peer]), (position[victim], for_peer)))
+    assert_refused(rehearsal.clients[peer], rehearsal.forwarding(told), BadShare)
+    for_victim = sorted(
+        (
+            position[d],
+            rehearsal.cut(shared[d].ciphertexts, 88)[[p for p in range(7) if p != position[d]].index(position[victim])],
+        )
+        for d in devices[1:]
     )
-    assert_refused(rehearsal.clients[victim], MaskedInputRequest(shares=for_victim), BadShare)
+    assert_refused(rehearsal.clients[victim], rehearsal.forwarding(for_victim), BadShare)
     assert bytes(vector) == bytes(len(vector)), "nothing was masked, nothing is left"
 
 
@@ -875,11 +1027,11 @@ def test_a_member_told_another_list_of_sharers_gets_no_answer_from_those_it_left
     requests = rehearsal.run_until(CollectingInputs)
     left_out, misled = rehearsal.devices[:2]
     cohort = rehearsal.server.stage.cohort
-    fewer = tuple(share for share in requests[misled].shares if share[0] != cohort.position_of[left_out])
+    shown = [share for share in rehearsal.forwarded(requests[misled]) if share[0] != cohort.position_of[left_out]]
+    requests[misled] = rehearsal.forwarding(shown)
     tokens: dict[str, bytes] = {}
     for device, request in requests.items():
-        answer = rehearsal.clients[device].receive(replace(request, shares=fewer) if device == misled else request)
-        partners = [position for position, _ in (fewer if device == misled else request.shares)]
+        answer, partners = rehearsal.clients[device].receive(request), request.senders
         at = partners.index(cohort.position_of[left_out]) if cohort.position_of[left_out] in partners else None
         tokens[device] = b"" if at is None else answer.inclusions[16 * at : 16 * at + 16]
     survivors = tuple(range(9))

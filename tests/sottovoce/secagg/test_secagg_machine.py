@@ -28,7 +28,7 @@ from sottovoce.wire.messages import (
 
 REQUESTS: dict[type, Any] = {
     Roster: Roster(leaves=bytes(96), neighbours=2, threshold=2, advertisements=()),
-    MaskedInputRequest: MaskedInputRequest(shares=((99, b"x"),)),
+    MaskedInputRequest: MaskedInputRequest(senders=(99,), ciphertexts=b"x"),
     SurvivorsRequest: SurvivorsRequest(survivors=(5, 4)),
     UnmaskingRequest: UnmaskingRequest(survivors=(5, 4), signatures=()),
     RoundOver: RoundOver(reason="late"),
@@ -36,10 +36,10 @@ REQUESTS: dict[type, Any] = {
 """One made-up request of every kind: none is one that was really asked."""
 ANSWERS: dict[type, Any] = {
     AdvertiseKeys: AdvertiseKeys(b"c", b"p", b"s", b"d", bytes(32), bytes(32), bytes(32)),
-    ShareKeys: ShareKeys(commitment=b"", ciphertexts=()),
+    ShareKeys: ShareKeys(commitment=b"", ciphertexts=b""),
     MaskedInput: MaskedInput(vector=TaggedVector(size=7, chunk_bytes=7, tags=bytes(16))),
     SurvivorsSignature: SurvivorsSignature(survivors=bytes(32)),
-    Unmasking: Unmasking(self_seed_shares=(), mask_key_shares=()),
+    Unmasking: Unmasking(shares=b""),
 }
 CLIENT_STAGES = get_args(client_stages.Stage)
 SERVER_STAGES = get_args(server_stages.Stage)

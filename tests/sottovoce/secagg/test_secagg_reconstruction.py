@@ -39,7 +39,6 @@ from sottovoce.secagg.server_stages import (
     CheckingConsistency,
     CollectingInputs,
     CollectingShares,
-    GivenShares,
     Unmasked,
 )
 from sottovoce.secagg.transcript import survivors_digest
@@ -68,7 +67,7 @@ class Attacker:
     def enter(self, *, deliver: bool = True) -> None:
         """Let the members mask their vectors, reading along; without `deliver` no honest server hears of it."""
         self.cohort = self.rehearsal.server.stage.cohort
-        self.shape = self.cohort.shape
+        self.shape, self.sharers = self.cohort.shape, set(self.rehearsal.server.stage.commitments)
         for device in self.corrupt:
             stage, position = self.rehearsal.clients[device].stage, self.cohort.position_of[device]
             assert isinstance(stage, KeysShared)
@@ -78,8 +77,7 @@ class Attacker:
             if deliver:
                 self.rehearsal.answer(device, request)
             answer = self.rehearsal.clients[device].receive(request)
-            partners = [position for position, _ in request.shares]
-            for at, partner in zip(range(0, len(answer.inclusions), 16), partners, strict=False):
+            for at, partner in zip(range(0, len(answer.inclusions), 16), request.senders, strict=False):
                 self.tokens[self.position(device), partner] = answer.inclusions[at : at + 16]
             self.hold(device)
 
@@ -91,15 +89,16 @@ class Attacker:
             assert isinstance(client.stage, InputMasked)
             (point,) = self.shape.points((position,))
             for owner, held in client.stage.held.items():
-                self.seed_shares[owner][point] = held.self_seed
-                self.key_shares[owner][point] = held.mask_key
+                self.seed_shares[owner][point] = held[: shamir.SHARE_BYTES]
+                self.key_shares[owner][point] = held[shamir.SHARE_BYTES :]
 
-    def take(self, device: str, given: Unmasking) -> None:
-        """Keep the shares in an honest member's answer."""
-        (point,) = self.shape.points((self.cohort.position_of[device],))
-        for shares, kept in ((given.self_seed_shares, self.seed_shares), (given.mask_key_shares, self.key_shares)):
-            for owner, share in shares:
-                kept[owner][point] = share
+    def take(self, device: str, given: Unmasking, survivors: Collection[int]) -> None:
+        """Keep the shares in an honest member's answer to who asked it about `survivors`."""
+        position = self.position(device)
+        (point,) = self.shape.points((position,))
+        owners = [owner for owner in self.shape.share_holders(position) if owner in self.sharers]  # Mutual.
+        for owner, share in zip(owners, self.rehearsal.cut(given.shares, shamir.SHARE_BYTES), strict=True):
+            (self.seed_shares if owner in survivors else self.key_shares)[owner][point] = share
 
     def ask(self, device: str, request: Any, *errors: type[SottovoceError]) -> Any:
         """Send `request`; keep the answer, or check that the device ends the session by one of `errors`."""
@@ -111,7 +110,7 @@ class Attacker:
         if not errors:
             answer = client.receive(request)
             if isinstance(answer, Unmasking):
-                self.take(device, answer)
+                self.take(device, answer, request.survivors)
             return answer
         with pytest.raises(errors) as caught:
             client.receive(request)
@@ -157,7 +156,7 @@ class Attacker:
         if len(shares) < self.shape.threshold:
             return None
         points = sorted(shares)[: self.shape.threshold]
-        return shamir.secret_of(shamir.interpolate(points, shamir.parse_shares([shares[x] for x in points])))
+        return shamir.secret_of(shamir.interpolate(points, shamir.parse_shares(b"".join(shares[x] for x in points))))
 
 
 def room(
@@ -282,8 +281,8 @@ def test_shares_withheld_so_that_only_corrupt_neighbours_masks_remain(fleet: Any
     victim = rehearsal.devices[0]
     corrupt = {attacker.position(device) for device in attacker.corrupt}
     vector = rehearsal.clients[victim].stage.vector
-    only = tuple(share for share in requests[victim].shares if share[0] in corrupt)
-    attacker.ask(victim, replace(requests[victim], shares=only), RemoteProtocolError)
+    only = [share for share in rehearsal.forwarded(requests[victim]) if share[0] in corrupt]
+    attacker.ask(victim, rehearsal.forwarding(only), RemoteProtocolError)
     assert bytes(vector) == bytes(len(vector))
 
 
@@ -296,10 +295,11 @@ def test_shares_withheld_as_far_as_the_device_lets_them(fleet: Any, mode: str) -
     victim = rehearsal.devices[0]
     cohort = rehearsal.server.stage.cohort
     corrupt = {cohort.position_of[device] for device in attacker.corrupt}
-    first = [share for share in requests[victim].shares if share[0] in corrupt]
-    rest = [share for share in requests[victim].shares if share[0] not in corrupt]
+    forwarded = rehearsal.forwarded(requests[victim])
+    first = [share for share in forwarded if share[0] in corrupt]
+    rest = [share for share in forwarded if share[0] not in corrupt]
     fewest = sorted(first + rest[: cohort.shape.threshold - 1 - CORRUPT])
-    rehearsal.server._requests[victim] = replace(requests[victim], shares=tuple(fewest))
+    rehearsal.server._requests[victim] = rehearsal.forwarding(fewest)
     attacker.enter(deliver=False)
     assert_noise(attacker.best([attacker.position(victim)]), rehearsal.plain[victim])
 
@@ -423,8 +423,8 @@ def test_a_member_whose_shares_do_not_open_ends_sessions_and_learns_nothing(flee
     attacker.cohort = rehearsal.server.stage.cohort
     liar = attacker.position(rehearsal.devices[-1])
     for device in rehearsal.devices[:3]:
-        shares = tuple((p, bytes(88) if p == liar else c) for p, c in requests[device].shares)
-        attacker.ask(device, replace(requests[device], shares=shares), BadShare)
+        shares = [(p, bytes(88) if p == liar else c) for p, c in rehearsal.forwarded(requests[device])]
+        attacker.ask(device, rehearsal.forwarding(shares), BadShare)
 
 
 @pytest.mark.parametrize("mode", ["active", "curious"])
@@ -442,7 +442,7 @@ def test_an_abandoned_round_reveals_nothing(fleet: Any, mode: str, stage: str) -
         with pytest.raises(RoundAbandoned):
             rehearsal.run_until(Unmasked, silent={stage: [*devices[enough:], *attacker.corrupt]})
     for device, given in rehearsal.shares_given():
-        attacker.take(device, given)
+        attacker.take(device, given, rehearsal.requests[device][-1].message.survivors)
     for chosen in ([attacker.position(devices[0])], range(MEMBERS)):
         names = [attacker.cohort.members[position].device for position in chosen]
         assert_noise(attacker.best(list(chosen)), rehearsal.plain_sum(names))
@@ -524,8 +524,8 @@ def test_the_server_gives_up_when_one_neighbourhood_on_the_ring_has_too_few_left
     staying = set(range(RING)) - gone
     with pytest.raises(RoundAbandoned, match="too_few_shares"):
         server_steps.close_inputs(agreement, replaced(checking.inputs, added=staying))
-    answers = {position: GivenShares((), shamir.parse_shares([])) for position in staying}
-    collecting = CollectingShares(checking.inputs, checking.survivors, checking.alive, frozenset(range(RING)), answers)
+    answers, asked = dict.fromkeys(staying, shamir.parse_shares(b"")), dict.fromkeys(range(RING), NEIGHBOURS)
+    collecting = CollectingShares(checking.inputs, checking.survivors, checking.alive, asked, answers)
     with pytest.raises(RoundAbandoned, match="too_few_shares"):
         server_steps.close_unmasking(agreement, collecting)
 

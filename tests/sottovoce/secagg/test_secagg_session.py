@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from sottovoce.errors import LocalProtocolError, PolicyRefusal, RoundAbandoned
 from sottovoce.secagg.client import ClientTerms
+from sottovoce.secagg.client_stages import InputMasked
 from sottovoce.secagg.mask_removal import Spread
 from sottovoce.secagg.server import STAGE_NAMES
 from sottovoce.secagg.server_stages import Abandoned, Unmasked
@@ -126,9 +127,10 @@ def assert_never_both_kinds(rehearsal: Any, *, abandoned: bool) -> None:
     seeds: Counter[int] = Counter()
     mask_keys: Counter[int] = Counter()
     given_by = dict(rehearsal.shares_given())
-    for message in given_by.values():
-        seeds.update(owner for owner, _ in message.self_seed_shares)
-        mask_keys.update(owner for owner, _ in message.mask_key_shares)
+    for device, message in given_by.items():
+        kinds = rehearsal.kinds_given(device, message)
+        seeds.update(owner for owner, kind in kinds.items() if kind == "self_seed")
+        mask_keys.update(owner for owner, kind in kinds.items() if kind == "mask_key")
     assert not seeds.keys() & mask_keys.keys()
     if abandoned and given_by:
         members = len(rehearsal.requests[next(iter(given_by))][0].message.leaves) // 32
@@ -260,7 +262,10 @@ def test_no_secret_shows_in_any_stage(fleet: Any) -> None:
                 secrets.append(getattr(client.stage, name))
         if hasattr(client.stage, "mask"):
             secrets.append(client.stage.mask.secret)
-    assert len(secrets) > 4
+        if isinstance(client.stage, InputMasked):
+            secrets += [share for both in rehearsal.holdings(device).values() for share in both.values()]
+            secrets += client.stage.inclusions.values()
+    assert len(secrets) > 4 + 4 * 3
     for secret in secrets:
         assert not any(repr(secret)[2:-1] in text or secret.hex() in text for text in seen)
 

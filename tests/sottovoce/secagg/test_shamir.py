@@ -70,16 +70,16 @@ def test_coefficients_that_are_not_below_the_prime_are_drawn_again() -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [b"", bytes(35), bytes(37), b"\xf1\xff" + bytes(34), bytes(34) + b"\xff\xff"], ids=len
+    "content", [b"\0", bytes(35), bytes(37), b"\xf1\xff" + bytes(34), bytes(34) + b"\xff\xff"], ids=len
 )
 def test_shares_out_of_range_are_refused(content: bytes) -> None:
     with pytest.raises(BadShare):
-        shamir.parse_shares([bytes(36), content])
+        shamir.parse_shares(bytes(36) + content)
 
 
 def test_the_largest_limb_is_accepted() -> None:
-    assert shamir.parse_shares([b"\xf0\xff" * 18]).tolist() == [[65520] * 18]
-    assert shamir.parse_shares([]).shape == (0, 18)
+    assert shamir.parse_shares(b"\xf0\xff" * 18).tolist() == [[65520] * 18]
+    assert shamir.parse_shares(b"").shape == (0, 18)
 
 
 @pytest.mark.parametrize(("index", "value"), [(0, 2**15), (17, 2**15), (17, 2), (17, 2**14)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import random
 from itertools import combinations
 from typing import Any
 
@@ -26,6 +27,7 @@ class Case:
         self.given = {
             point: ([*SECRETS], shamir.parse_shares(row).copy()) for point, row in zip(points, rows, strict=True)
         }
+        self.order: list[int] | None = None
         self.tried = 0
 
     def verify(self, owner: int, secret: bytes) -> None:
@@ -40,8 +42,18 @@ class Case:
                 self.given[point][1][row] = (self.given[point][1][row].astype(int) + 1 + error) % shamir.PRIME
 
     def rebuild(self, owners: tuple[int, ...] = tuple(SECRETS)) -> dict[int, bytes]:
+        owner_of = np.array([owner for given, _ in self.given.values() for owner in given])
+        point_of = np.array([point for point, (given, _) in self.given.items() for _ in given])
+        limbs = np.concatenate([limbs for _, limbs in self.given.values()])
+        order = self.order or [*range(len(limbs))]
         return unmask.rebuild_secrets(
-            self.given, owners=owners, threshold=self.threshold, verify=self.verify, session=SESSION
+            owner_of=owner_of[order],
+            point_of=point_of[order],
+            limbs=limbs[order],
+            owners=owners,
+            threshold=self.threshold,
+            verify=self.verify,
+            session=SESSION,
         )
 
 
@@ -49,6 +61,14 @@ def test_good_shares_need_one_try_each(fixed_entropy: Any) -> None:
     case = Case(fixed_entropy(1))
     assert case.rebuild() == SECRETS
     assert case.tried == 2
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_shares_may_come_in_any_order(fixed_entropy: Any, seed: int) -> None:
+    case = Case(fixed_entropy(7))
+    case.spoil(2, owner=3)
+    case.order = random.Random(seed).sample(range(18), 18)
+    assert case.rebuild() == SECRETS
 
 
 @pytest.mark.parametrize("liars", [*combinations(range(1, 10), 1), *combinations(range(1, 10), 2)])

@@ -6,6 +6,7 @@ import contextlib
 import random
 
 import msgspec
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -46,7 +47,7 @@ def test_an_assembly_takes_chunks_in_any_order_repeated_and_damaged(content, ste
     assert assembly.content() == content
 
 
-@pytest.mark.parametrize("index", [-1, 3, 2**40])
+@pytest.mark.parametrize("index", [-1, 3, 2**40, 2**64 - 1])
 def test_a_chunk_outside_the_blob_is_refused(index):
     with pytest.raises(BadBlob):
         Assembly(blob_ref(bytes(30), chunk_bytes=10)).add(index, bytes(10))
@@ -110,14 +111,44 @@ def test_only_a_bitmap_of_the_right_length_is_read(count, bitmap):
 @given(session=st.binary(min_size=32, max_size=32), index=st.integers(0, 2**63), content=contents)
 def test_a_vector_chunk_survives(session, index, content):
     chunk = VectorChunk(session, index, content)
-    assert decode_vector_chunk(encode_vector_chunk(chunk)) == chunk
+    payload = encode_vector_chunk(chunk)
+    assert payload == session + index.to_bytes(8, "little") + content
+    assert decode_vector_chunk(payload) == chunk
+    assert decode_vector_chunk(memoryview(payload)) == chunk
+
+
+@given(content=contents, length=st.integers(0, 39))
+def test_a_vector_chunk_without_its_whole_head_is_refused(content, length):
+    whole = encode_vector_chunk(VectorChunk(b"s" * 32, 2**64 - 1, content))
+    with pytest.raises(MalformedMessage, match="too few"):
+        decode_vector_chunk(whole[:length])
+    assert decode_vector_chunk(whole[:40]) == VectorChunk(b"s" * 32, 2**64 - 1, b"")
+
+
+def test_the_largest_vector_chunk_is_read_and_a_byte_more_is_not():
+    largest = VectorChunk(b"s" * 32, 7, bytes(MAX_CHUNK_BYTES))
+    assert decode_vector_chunk(encode_vector_chunk(largest)) == largest
+    with pytest.raises(MalformedMessage, match="more than a chunk"):
+        decode_vector_chunk(encode_vector_chunk(largest) + b"x")
+
+
+def test_a_vector_chunk_is_not_copied_and_its_words_lie_aligned():
+    payload = encode_vector_chunk(VectorChunk(b"s" * 32, 7, bytes(range(64))))
+    content = decode_vector_chunk(payload).content
+    assert isinstance(content, memoryview)
+    assert content.obj is payload
+    whole, part = (np.frombuffer(each, np.uint8).ctypes.data for each in (payload, content))
+    assert (part - whole) % 8 == 0
 
 
 @given(payload=st.binary(max_size=80))
 def test_any_bytes_are_a_vector_chunk_or_malformed(payload):
-    for each in (payload, b"\x93\xc4\x20" + bytes(32) + payload, b"\x93\xc4\x20" + bytes(32) + b"\0\xc6\xff" + payload):
-        with contextlib.suppress(MalformedMessage):
-            assert isinstance(decode_vector_chunk(each), VectorChunk)
+    for each in (payload, bytes(32) + payload):
+        if len(each) < 40:
+            with pytest.raises(MalformedMessage):
+                decode_vector_chunk(each)
+        else:
+            assert encode_vector_chunk(decode_vector_chunk(each)) == each  # One encoding, and every byte counts.
 
 
 envelopes = st.builds(lambda seed, size: random.Random(seed).randbytes(size), st.integers(), st.integers(1, 9000))
@@ -231,7 +262,7 @@ def test_the_one_heard_of_last_stays():
 
 def test_what_is_longer_than_any_chunk_is_not_decoded():
     with pytest.raises(MalformedMessage, match="more than a chunk"):
-        decode_vector_chunk(bytes(MAX_CHUNK_BYTES + 1025))
+        decode_vector_chunk(bytes(MAX_CHUNK_BYTES + 41))
     begun = fragments(bytes(5000), chunk_bytes=2048)[0]
     with pytest.raises(MalformedMessage, match="where a whole may have"):
         Reassembler(max_bytes=1024).add(begun)
