@@ -88,6 +88,11 @@ class Eavesdropper:
         self.listen()
         return sum(device not in self._online_s for device in started)
 
+    def heard(self, devices: int) -> bool:
+        """Return whether vectors of so many devices have been heard by now."""
+        self.listen()
+        return len(self.beginnings) >= devices
+
     def _keep(self, delivery: Delivery) -> None:
         try:
             kind, device, *_ = self._topics.split(delivery.topic)

@@ -137,7 +137,8 @@ def main(options: argparse.Namespace, console: Console) -> WordsReport:
                 eavesdropper.listen()
                 eavesdropper.beginnings.clear()
                 table = _count(vocabulary, seconds)
-            eavesdropper.listen()
+            # The coordinator has them all; to this listener the broker may still be delivering them.
+            wait_until(lambda: eavesdropper.heard(_SHOWN_DEVICES), deadline_s=_PUBLISHED_S)
         fleet.watch()
         published = _published(fleet, list(people))
         word = shown_word(table)
