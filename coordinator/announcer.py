@@ -11,9 +11,9 @@ from collections import deque
 
 from coordinator.assignment import Assignment
 from coordinator.phases import Terms
+from sottovoce.blobs import BlobRef
 from sottovoce.errors import TransportError
 from sottovoce.identity import Identity, SignedContext
-from sottovoce.plan import BlobRef
 from sottovoce.transport.base import Transport
 from sottovoce.transport.blobs import BlobPublisher
 from sottovoce.wire.codec import ALL, seal

@@ -10,10 +10,11 @@ from coordinator.journal_rows import Result, TaskRow
 from coordinator.requests import SingleRound, encode_sums, plan_of
 from coordinator.task import read_task
 from coordinator.terms import RoundTerms
+from sottovoce.blobs import BlobRef, blob_ref, canonical
 from sottovoce.errors import ConfigError
 from sottovoce.language.hosted import HostedProgram, Tensors
 from sottovoce.language.ports import RoundSums
-from sottovoce.plan import BlobRef, Plan, blob_ref, canonical
+from sottovoce.plan import Plan
 from sottovoce.tensors import decode_tensors, encode_tensors
 
 

@@ -6,6 +6,7 @@ from coordinator.requests import plan_of
 from coordinator.task import Standardise, Task
 from sottovoce.errors import ConfigError, LocalProtocolError
 from sottovoce.language import hosted_tasks
+from sottovoce.language.expressions import Terms
 from sottovoce.language.hosted import HostedProgram, SumTerms
 from sottovoce.plan import LocalWork, Plan
 
@@ -51,11 +52,7 @@ def _training(task: Task, bundle: bytes, moments: bytes | None) -> HostedProgram
         collection=task.collection,
         rounds=task.rounds,
         work=_work(task),
-        clip_norm=update.clip_norm,
-        half_range=update.half_range,
-        bits=update.bits,
-        lane=update.lane,
-        weight_cap=update.weight_cap,
+        terms=Terms(update.clip_norm, update.half_range, update.weight_cap, update.bits, update.lane),
         largest_cohort=task.cohort.wanted,
         learning_rate=task.optimizer.learning_rate,
         learning_rate_decay=task.optimizer.learning_rate_decay,

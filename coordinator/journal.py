@@ -7,12 +7,9 @@ a crash leaves either both or neither. SQLite in WAL mode: other processes may r
 
 from __future__ import annotations
 
-import json
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from coordinator.journal_rows import (
@@ -24,17 +21,18 @@ from coordinator.journal_rows import (
     RoundRow,
     TaskRow,
     TaskStatus,
+    as_json,
+    ending_values,
     round_row,
     task_row,
 )
-from coordinator.journal_schema import prepare
+from coordinator.journal_schema import open_journal, transaction
 from coordinator.requests import Asked, content_digest, decode_sums, run_of, with_blobs, without_blobs
 from coordinator.terms import RoundTerms, decode_terms
+from sottovoce.blobs import canonical, digest_of
 from sottovoce.errors import ConfigError
 from sottovoce.language.ports import RoundRequest
-from sottovoce.plan import canonical, digest_of
 
-_BUSY_TIMEOUT_S = 10.0
 _RUN_S = 30 * 24 * 3600
 """The rounds of a federated program's run are one plan for so long; then they are a new one."""
 
@@ -48,24 +46,7 @@ class Journal:
         Raises:
             ConfigError: The file cannot be opened, is not a journal, or was written by a later release.
         """
-        if read_only and not path.exists():
-            raise ConfigError(f"there is no journal {path}; `coordinator submit` or `coordinator run` makes it")
-        uri = f"{path.resolve().as_uri()}?mode={'ro' if read_only else 'rwc'}"
-        try:
-            if not read_only:
-                path.touch(mode=0o600)  # SQLite gives its -wal and -shm files the same mode.
-            self._db = sqlite3.connect(uri, uri=True, timeout=_BUSY_TIMEOUT_S, isolation_level=None)
-        except (OSError, sqlite3.Error) as error:
-            raise ConfigError(f"cannot open the journal {path}: {error}") from error
-        self._db.row_factory = sqlite3.Row
-        try:
-            prepare(self._db, path, read_only=read_only)
-        except sqlite3.Error as error:
-            self._db.close()
-            raise ConfigError(f"{path} is not a journal of this release: {error}") from error
-        except ConfigError:
-            self._db.close()
-            raise
+        self._db = open_journal(path, read_only=read_only)
 
     @classmethod
     def open_read_only(cls, path: Path) -> Journal:
@@ -79,30 +60,22 @@ class Journal:
     def __enter__(self) -> Journal:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
         """Close the file; may be called twice."""
         self._db.close()
 
-    @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        self._db.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-        except BaseException:
-            self._db.execute("ROLLBACK")
-            raise
-        self._db.execute("COMMIT")
+    def _row(self, query: str, *values: object) -> sqlite3.Row | None:
+        row: sqlite3.Row | None = self._db.execute(query, values).fetchone()
+        return row
 
     # --- blobs and states ---------------------------------------------------------------------------------------------
 
     def blob(self, digest: bytes) -> bytes | None:
         """Return the content of a blob (bundle, plan or state), or None."""
-        row = self._db.execute("SELECT content FROM blobs WHERE digest = ?", (digest,)).fetchone()
+        row = self._row("SELECT content FROM blobs WHERE digest = ?", digest)
         return bytes(row["content"]) if row else None
 
     def state(self, digest: bytes) -> bytes | None:
@@ -115,19 +88,17 @@ class Journal:
         Returns:
             The broadcast of the next round (after the last one the trained model), and released sums or None.
         """
-        row = self._db.execute(
-            "SELECT content, released FROM states JOIN blobs USING (digest) WHERE task = ? AND position = ?",
-            (task, position),
-        ).fetchone()
+        query = "SELECT content, released FROM states JOIN blobs USING (digest) WHERE task = ? AND position = ?"
+        row = self._row(query, task, position)
         return (bytes(row["content"]), row["released"]) if row else None
 
     def server_state_at(self, task: int, position: int) -> bytes | None:
         """Return the server's own state after `position` committed rounds of a task, or None."""
-        row = self._db.execute(
+        query = (
             "SELECT content FROM states JOIN blobs ON blobs.digest = COALESCE(states.server, states.digest) "
-            "WHERE task = ? AND position = ?",
-            (task, position),
-        ).fetchone()
+            "WHERE task = ? AND position = ?"
+        )
+        row = self._row(query, task, position)
         return bytes(row["content"]) if row else None
 
     def _keep(self, content: bytes) -> bytes:
@@ -143,11 +114,10 @@ class Journal:
         Raises:
             ConfigError: A task of this name is queued or running.
         """
-        with self._transaction():
-            busy = self._db.execute(
-                "SELECT status FROM tasks WHERE name = ? AND kind = 'hosted' AND status IN ('queued', 'running')",
-                (name,),
-            ).fetchone()
+        with transaction(self._db):
+            busy = self._row(
+                "SELECT status FROM tasks WHERE name = ? AND kind = 'hosted' AND status IN ('queued', 'running')", name
+            )
             if busy:
                 raise ConfigError(
                     f"a task named {name!r} is already {busy['status']}; wait for it or choose another name"
@@ -165,7 +135,7 @@ class Journal:
 
     def task(self, number: int) -> TaskRow | None:
         """Return one task."""
-        row = self._db.execute("SELECT * FROM tasks WHERE id = ?", (number,)).fetchone()
+        row = self._row("SELECT * FROM tasks WHERE id = ?", number)
         return task_row(row) if row else None
 
     def due_tasks(self) -> list[TaskRow]:
@@ -181,14 +151,12 @@ class Journal:
         return [*hosted, *requests] if self._last_round_was_a_request() else [*requests, *hosted]
 
     def _last_round_was_a_request(self) -> bool:
-        row = self._db.execute(
-            "SELECT kind FROM rounds JOIN tasks ON tasks.id = rounds.task ORDER BY rounds.id DESC LIMIT 1"
-        ).fetchone()
+        row = self._row("SELECT kind FROM rounds JOIN tasks ON tasks.id = rounds.task ORDER BY rounds.id DESC LIMIT 1")
         return row is not None and row["kind"] == "request"
 
     def begin_task(self, number: int, *, state: bytes, broadcast: bytes) -> None:
         """Mark a task as running, with the server's state and the broadcast of its first round."""
-        with self._transaction():
+        with transaction(self._db):
             self._db.execute("UPDATE tasks SET status = 'running' WHERE id = ?", (number,))
             self._db.execute(
                 "INSERT OR IGNORE INTO states (task, position, digest, server) VALUES (?, 0, ?, ?)",
@@ -219,10 +187,8 @@ class Journal:
         Raises:
             ConfigError: Something else was asked under this key.
         """
-        with self._transaction():
-            known = self._db.execute(
-                "SELECT task, content FROM requests WHERE key = ? AND key != ''", (request.key,)
-            ).fetchone()
+        with transaction(self._db):
+            known = self._row("SELECT task, content FROM requests WHERE key = ? AND key != ''", request.key)
             if known is None:
                 return self._put_request(request, terms, deadline_ms=deadline_ms, now_ms=now_ms)
             if known["content"] != content_digest(request):
@@ -280,7 +246,7 @@ class Journal:
         Raises:
             ConfigError: Another release wrote it.
         """
-        row = self._db.execute("SELECT * FROM requests WHERE task = ?", (number,)).fetchone()
+        row = self._row("SELECT * FROM requests WHERE task = ?", number)
         task = self.task(number)
         if row is None or task is None:
             return None
@@ -292,7 +258,7 @@ class Journal:
 
     def deadline_of(self, number: int) -> int | None:
         """Return when a request fails, Unix milliseconds; None for a hosted task."""
-        row = self._db.execute("SELECT deadline_ms FROM requests WHERE task = ?", (number,)).fetchone()
+        row = self._row("SELECT deadline_ms FROM requests WHERE task = ?", number)
         return int(row["deadline_ms"]) if row else None
 
     def answer(self, number: int) -> Answer:
@@ -301,9 +267,9 @@ class Journal:
         Raises:
             ConfigError: There is no such request, or another release wrote its sums.
         """
-        row = self._db.execute(
-            "SELECT status, reason, sums FROM requests JOIN tasks ON tasks.id = requests.task WHERE task = ?", (number,)
-        ).fetchone()
+        row = self._row(
+            "SELECT status, reason, sums FROM requests JOIN tasks ON tasks.id = requests.task WHERE task = ?", number
+        )
         if row is None:
             raise ConfigError(f"the journal has no request {number}")
         sums = decode_sums(row["sums"]) if row["sums"] is not None else None
@@ -313,9 +279,7 @@ class Journal:
 
     def next_number(self) -> tuple[int, int]:
         """Return the (round, attempt) to announce next: only a committed round is followed by a new number."""
-        row = self._db.execute(
-            "SELECT round, attempt, phase FROM rounds ORDER BY round DESC, attempt DESC LIMIT 1"
-        ).fetchone()
+        row = self._row("SELECT round, attempt, phase FROM rounds ORDER BY round DESC, attempt DESC LIMIT 1")
         if row is None:
             return 1, 0
         return (row["round"] + 1, 0) if row["phase"] == "committed" else (row["round"], row["attempt"] + 1)
@@ -329,7 +293,7 @@ class Journal:
             previous: Digest of the announcement before it: the hash chain.
             envelope: The signed announcement.
         """
-        with self._transaction():
+        with transaction(self._db):
             plan, state = self._keep(opening.plan), self._keep(opening.state)
             number = (opening.round, opening.attempt)
             values = (opening.task, opening.position, *number, opening.plan_name, plan, state, opening.started_ms)
@@ -343,23 +307,21 @@ class Journal:
 
     def last_announcement(self) -> bytes:
         """Return the digest of the newest announcement, zeros if there is none."""
-        row = self._db.execute("SELECT digest FROM announcements ORDER BY round DESC, attempt DESC LIMIT 1").fetchone()
+        row = self._row("SELECT digest FROM announcements ORDER BY round DESC, attempt DESC LIMIT 1")
         return bytes(row["digest"]) if row else bytes(32)
 
     def announcement_of(self, number: int, attempt: int) -> bytes:
         """Return the digest of the announcement of a round, zeros if it was never announced."""
-        row = self._db.execute(
-            "SELECT digest FROM announcements WHERE round = ? AND attempt = ?", (number, attempt)
-        ).fetchone()
+        row = self._row("SELECT digest FROM announcements WHERE round = ? AND attempt = ?", number, attempt)
         return bytes(row["digest"]) if row else bytes(32)
 
     def set_phase(self, row: int, phase: Phase, cohort: Sequence[str]) -> None:
         """Note that a round in flight has moved on."""
-        self._db.execute("UPDATE rounds SET phase = ?, cohort = ? WHERE id = ?", (phase, _json(sorted(cohort)), row))
+        self._db.execute("UPDATE rounds SET phase = ?, cohort = ? WHERE id = ?", (phase, as_json(sorted(cohort)), row))
 
     def commit_round(self, row: int, ending: Ending, result: Result) -> None:
         """Commit a round, what came of it and the task's progress, all or nothing."""
-        with self._transaction():
+        with transaction(self._db):
             self._end(row, "committed", "", "", ending, result.metrics)
             task, position = self._db.execute("SELECT task, position FROM rounds WHERE id = ?", (row,)).fetchone()
             server = self._keep(result.state) if result.state != result.broadcast else None
@@ -374,18 +336,16 @@ class Journal:
 
     def abandon_round(self, row: int, reason: str, ending: Ending, *, detail: str = "") -> None:
         """Note that a round ended without a result: the reason as a short code, the detail in words."""
-        with self._transaction():
+        with transaction(self._db):
             self._end(row, "abandoned", reason, detail, ending, {})
 
     def _end(
         self, row: int, phase: Phase, reason: str, detail: str, ending: Ending, metrics: Mapping[str, float]
     ) -> None:
-        names = (_json(sorted(ending.cohort)), _json(sorted(ending.survivors)), _json(ending.dropped), _json(metrics))
-        traffic = (_json(ending.traffic.up), _json(ending.traffic.down), ending.traffic.broadcast)
         self._db.execute(
-            "UPDATE rounds SET phase = ?, reason = ?, detail = ?, cohort = ?, survivors = ?, dropped = ?, metrics = ?, "
+            "UPDATE rounds SET phase = ?, reason = ?, detail = ?, metrics = ?, cohort = ?, survivors = ?, dropped = ?, "
             "bytes_up = ?, bytes_down = ?, broadcast_bytes = ?, ended_ms = ? WHERE id = ?",
-            (phase, reason, detail, *names, *traffic, ending.ended_ms, row),
+            (phase, reason, detail, as_json(metrics), *ending_values(ending), row),
         )
 
     def open_rounds(self) -> list[RoundRow]:
@@ -413,7 +373,7 @@ class Journal:
 
     def count_refusals(self, counts: Mapping[str, int]) -> None:
         """Add refused messages, by reason."""
-        with self._transaction():
+        with transaction(self._db):
             self._db.executemany(
                 "INSERT INTO refusals VALUES (?, ?) ON CONFLICT (reason) DO UPDATE SET count = count + excluded.count",
                 list(counts.items()),
@@ -430,7 +390,3 @@ class Journal:
     def certificates(self) -> list[bytes]:
         """Return the remembered certificates, DER."""
         return [bytes(row["der"]) for row in self._db.execute("SELECT der FROM certificates ORDER BY device")]
-
-
-def _json(value: object) -> str:
-    return json.dumps(value, sort_keys=True)

@@ -215,3 +215,15 @@ def round_row(row: sqlite3.Row) -> RoundRow:
         started_ms=row["started_ms"],
         ended_ms=row["ended_ms"],
     )
+
+
+def ending_values(ending: Ending) -> tuple[str | int, ...]:
+    """Return the columns cohort, survivors, dropped, bytes_up, bytes_down, broadcast_bytes and ended_ms of a round."""
+    traffic = ending.traffic
+    named = (sorted(ending.cohort), sorted(ending.survivors), ending.dropped, traffic.up, traffic.down)
+    return (*map(as_json, named), traffic.broadcast, ending.ended_ms)
+
+
+def as_json(value: object) -> str:
+    """Return names or numbers as text, for a column that `round_row` reads."""
+    return json.dumps(value, sort_keys=True)

@@ -1,13 +1,16 @@
-"""The journal's tables, and how a journal of an earlier release becomes one of this release."""
+"""The journal's file: how it is opened, its tables, and how a journal of an earlier release becomes one of this."""
 
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from sottovoce.errors import ConfigError
 
 VERSION = 2
+_BUSY_TIMEOUT_S = 10.0
 
 _FIRST = """
 CREATE TABLE blobs (digest BLOB PRIMARY KEY, content BLOB NOT NULL) WITHOUT ROWID;
@@ -57,13 +60,48 @@ where that is something else. A server's state of the first version has another 
 _STEPS = {0: _FIRST, 1: _SECOND}
 
 
-def prepare(database: sqlite3.Connection, path: Path, *, read_only: bool) -> None:
-    """Make the tables, or bring those of an earlier release up to date.
+def open_journal(path: Path, *, read_only: bool) -> sqlite3.Connection:
+    """Return the connection to a journal with the tables of this release, making the file if it is not there.
 
     Raises:
-        ConfigError: A later release wrote them; or an earlier one, and the journal is opened for reading only.
-        sqlite3.Error: This is no journal.
+        ConfigError: The file cannot be opened, is not a journal, or was written by a later release; or by an earlier
+            one, or it is not there, and it is opened for reading only.
     """
+    if read_only and not path.exists():
+        raise ConfigError(f"there is no journal {path}; `coordinator submit` or `coordinator run` makes it")
+    uri = f"{path.resolve().as_uri()}?mode={'ro' if read_only else 'rwc'}"
+    try:
+        if not read_only:
+            path.touch(mode=0o600)  # SQLite gives its -wal and -shm files the same mode.
+        database = sqlite3.connect(uri, uri=True, timeout=_BUSY_TIMEOUT_S, isolation_level=None)
+    except (OSError, sqlite3.Error) as error:
+        raise ConfigError(f"cannot open the journal {path}: {error}") from error
+    database.row_factory = sqlite3.Row
+    try:
+        _prepare(database, path, read_only=read_only)
+    except sqlite3.Error as error:
+        database.close()
+        raise ConfigError(f"{path} is not a journal of this release: {error}") from error
+    except ConfigError:
+        database.close()
+        raise
+    return database
+
+
+@contextmanager
+def transaction(database: sqlite3.Connection) -> Iterator[None]:
+    """Write all or nothing of what is done inside."""
+    database.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+    except BaseException:
+        database.execute("ROLLBACK")
+        raise
+    database.execute("COMMIT")
+
+
+def _prepare(database: sqlite3.Connection, path: Path, *, read_only: bool) -> None:
+    """Make the tables, or bring those of an earlier release up to date."""
     version = _version(database)
     if version > VERSION:
         raise ConfigError(f"{path} was written by a later release of Sottovoce; upgrade this one")
@@ -79,16 +117,11 @@ def prepare(database: sqlite3.Connection, path: Path, *, read_only: bool) -> Non
 
 def _step(database: sqlite3.Connection, version: int) -> None:
     """Go one version up, unless another process was quicker."""
-    database.execute("BEGIN IMMEDIATE")
-    try:
+    with transaction(database):
         if _version(database) == version:
             for statement in filter(str.strip, _STEPS[version].split(";\n")):
                 database.execute(statement)
             database.execute(f"PRAGMA user_version = {version + 1}")
-    except BaseException:
-        database.execute("ROLLBACK")
-        raise
-    database.execute("COMMIT")
 
 
 def _version(database: sqlite3.Connection) -> int:

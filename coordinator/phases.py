@@ -12,7 +12,7 @@ from typing import TypeAlias
 
 from coordinator.aggregation import UploadSlots
 from sottovoce.plan import Plan
-from sottovoce.secagg.lanes import Aggregate
+from sottovoce.secagg.encoding import Aggregate
 from sottovoce.secagg.server import ServerSession
 from sottovoce.wire.messages import Message, Mode
 

@@ -29,8 +29,9 @@ from coordinator.phases import (
 from coordinator.presence import Presence
 from sottovoce.errors import RemoteProtocolError, RoundAbandoned
 from sottovoce.identity import SignedContext
+from sottovoce.secagg.encoding import decode
 from sottovoce.secagg.graph import BASIS_POINTS, COMPLETE_GRAPH_LIMIT, GraphParameters, degree, threshold
-from sottovoce.secagg.lanes import decode, layout_of
+from sottovoce.secagg.lanes import layout_of
 from sottovoce.secagg.mask_removal import Spread
 from sottovoce.secagg.server import STAGE_NAMES, Reply, ServerSession
 from sottovoce.wire.chunks import VectorChunk

@@ -15,23 +15,14 @@ import numpy as np
 
 from coordinator.terms import RoundTerms
 from sottovoce.agreement import check_aggregations, check_broadcast, check_extraction
+from sottovoce.blobs import Document, blob_ref, canonical, digest_of
 from sottovoce.bundle import Bundle, decode_bundle
 from sottovoce.errors import ConfigError
 from sottovoce.language.hosted import Advance, Tensors
 from sottovoce.language.ports import RoundRequest, RoundSums
-from sottovoce.plan import (
-    Aggregation,
-    Counted,
-    Document,
-    Plan,
-    PrivacyTerms,
-    blob_ref,
-    canonical,
-    check_plan,
-    digest_of,
-    settled,
-)
-from sottovoce.secagg.lanes import Aggregate, layout_of
+from sottovoce.plan import Aggregation, Counted, Plan, PrivacyTerms, check_plan, settled
+from sottovoce.secagg.encoding import Aggregate
+from sottovoce.secagg.lanes import layout_of
 from sottovoce.tensors import decode_tensors, encode_tensors
 from sottovoce.types import Array
 

@@ -37,8 +37,8 @@ from coordinator.phases import (
 )
 from coordinator.presence import Presence
 from coordinator.rendezvous import NotInCohort, Situation
+from sottovoce.blobs import canonical, digest_of
 from sottovoce.errors import ConflictingMessage, MalformedMessage, Replayed, UnexpectedMessage
-from sottovoce.plan import canonical, digest_of
 from sottovoce.secagg.mask_removal import AT_ONCE, Spread
 from sottovoce.wire.chunks import VectorChunk
 from sottovoce.wire.codec import Opened

@@ -24,9 +24,9 @@ from coordinator.round import Round
 from coordinator.settings import UploadSettings
 from coordinator.terms import terms_at
 from coordinator.threshold import thresholded
+from sottovoce.blobs import blob_ref, digest_of
 from sottovoce.errors import RoundAbandoned, SottovoceError
 from sottovoce.identity import Identity, TrustAnchor
-from sottovoce.plan import blob_ref, digest_of
 from sottovoce.secagg.mask_removal import AT_ONCE, Spread
 from sottovoce.wire.messages import Outcome
 

@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 import msgspec
 
+from sottovoce.blobs import DEFAULT_CHUNK_BYTES, Document
 from sottovoce.errors import ConfigError
-from sottovoce.plan import DEFAULT_CHUNK_BYTES, Document
 
 D = TypeVar("D", bound=Document)
 Positive: TypeAlias = Annotated[int, msgspec.Meta(ge=1)]

@@ -8,9 +8,10 @@ import msgspec
 
 from coordinator.settings import Name, Positive, read_toml
 from coordinator.terms import CohortTerms, RoundTerms, SecAggTerms, Timing, check_terms
+from sottovoce.blobs import Document
 from sottovoce.errors import ConfigError
 from sottovoce.language.server_optimizer import by_name
-from sottovoce.plan import Counted, Document, Encoding, Quantised
+from sottovoce.plan import Counted, Encoding, Quantised
 
 
 class WorkTerms(Document, frozen=True):

@@ -10,8 +10,8 @@ import msgspec
 from coordinator.graph_parameters import graph_parameters
 from coordinator.phases import Terms
 from coordinator.settings import Positive, Seconds, Share, UploadSettings
+from sottovoce.blobs import Document
 from sottovoce.errors import ConfigError
-from sottovoce.plan import Document
 from sottovoce.secagg.graph import BASIS_POINTS, COMPLETE_GRAPH_LIMIT, LARGEST_COHORT, SMALLEST_COHORT, threshold
 
 

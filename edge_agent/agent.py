@@ -28,6 +28,7 @@ from edge_agent.states import (
     Moment,
 )
 from edge_agent.verification import Verifier
+from sottovoce.blobs import DEFAULT_CHUNK_BYTES
 from sottovoce.errors import (
     CryptoError,
     LocalProtocolError,
@@ -37,7 +38,6 @@ from sottovoce.errors import (
     TransportError,
 )
 from sottovoce.identity import latest_time
-from sottovoce.plan import DEFAULT_CHUNK_BYTES
 from sottovoce.transport.base import Connected, Delivery, Disconnected, Transport
 from sottovoce.wire.topics import Topics
 

@@ -6,8 +6,8 @@ import os
 import tempfile
 from pathlib import Path
 
+from sottovoce.blobs import digest_of
 from sottovoce.errors import BadBlob
-from sottovoce.plan import digest_of
 
 DEFAULT_CACHE_BYTES = 256 * 1024 * 1024
 """Programs are 10 kB, states up to some megabytes: enough for every round in sight on a small SD card."""

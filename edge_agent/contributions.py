@@ -7,7 +7,7 @@ The result of a client program is only a proposal. Before anything is masked, fo
    are rounded to whole numbers before they are compared, as they are when they are summed.
 2. One that `follows` another becomes 0 wherever that one is 0.
 3. One with `presence_of` is computed here: 1 where that one is not 0, else 0. Its sum is a count of devices.
-4. *Linf*: every entry is clamped to its encoding's range, and counted if it had to be (`sottovoce.secagg.lanes`).
+4. *Linf*: every entry is clamped to its encoding's range, and counted if it had to be (`sottovoce.secagg.encoding`).
 
 "Is 0" in 2. and 3. means: as it will be summed, after all bounds.
 """

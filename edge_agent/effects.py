@@ -11,7 +11,8 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
-from sottovoce.plan import BlobRef, Plan
+from sottovoce.blobs import BlobRef
+from sottovoce.plan import Plan
 from sottovoce.types import Array
 from sottovoce.wire.messages import DeviceMessage
 from sottovoce.wire.topics import NO_ROUTE

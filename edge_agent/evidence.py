@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from sottovoce.blobs import digest_of
 from sottovoce.errors import ConfigError
 from sottovoce.identity import write_secret_file
-from sottovoce.plan import digest_of
 
 MOST_FILES = 100
 """What comes after that is not kept: somebody who lies so often is proven to lie."""

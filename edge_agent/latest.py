@@ -8,8 +8,8 @@ from pathlib import Path
 
 import msgspec
 
+from sottovoce.blobs import Document, canonical, digest_of
 from sottovoce.errors import ConfigError
-from sottovoce.plan import Document, canonical, digest_of
 
 LATEST_FOLDER = "latest"
 _SUFFIX = ".state"

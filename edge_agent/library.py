@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TypeAlias
 
 from edge_agent.blobs import BlobCache
+from sottovoce.blobs import BlobRef
 from sottovoce.errors import BadBlob, ConfigError, ProgramError
-from sottovoce.plan import BlobRef
 from sottovoce.transport.base import Transport
 from sottovoce.transport.blobs import BlobFetcher, Failed, Fetched, FetchEffect, Subscribe, Unsubscribe
 from sottovoce.wire.topics import Topics

@@ -4,8 +4,7 @@ It never waits, reads no clock and touches no disk. Five rules stand above the t
 
 - An announcement opens the next round *beside* the current one: only when its plan has arrived is it known whether the
   round is new, and then the older round ends for this device.
-- The announcements of a coordinator are a chain. One older than the newest heard is a replay and is refused. One that
-  denies the one before it is a fork: the owner is warned, and the round is judged by its number as any other.
+- The announcements of a coordinator are a chain: see `edge_agent.announcements`.
 - An exact repeat of a message that was handled in this round changes nothing (QoS 1 repeats). What the table does not
   allow ends the device's part in the round and drops every secret; a stranger's or an old round's message is refused
   and changes nothing.
@@ -18,6 +17,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from edge_agent.announcements import Announced, Announcements, check_announced
 from edge_agent.effects import (
     Effect,
     Entry,
@@ -33,7 +33,6 @@ from edge_agent.effects import (
     Send,
     SettleClientState,
 )
-from edge_agent.policy import check_participation, check_plan
 from edge_agent.states import (
     IN_SESSION,
     TAKING_PART,
@@ -56,8 +55,8 @@ from edge_agent.states import (
     session_id_of,
 )
 from edge_agent.steps import STEPS, StepFunction, begin_fetching, leave
+from sottovoce.blobs import canonical, digest_of
 from sottovoce.errors import (
-    BadExamples,
     ConfigError,
     CryptoError,
     Equivocation,
@@ -69,7 +68,7 @@ from sottovoce.errors import (
     SottovoceError,
     UnexpectedMessage,
 )
-from sottovoce.plan import Plan, canonical, decode_plan, digest_of
+from sottovoce.plan import Plan, decode_plan
 from sottovoce.wire.codec import Opened
 from sottovoce.wire.messages import (
     AdvertiseKeysRequest,
@@ -88,35 +87,8 @@ from sottovoce.wire.messages import (
 
 RESEND_MS = 5_000
 RESEND_LIMIT_MS = 30_000
-GRACE_MS = 60_000
-"""How long after its last deadline a silent round is given up."""
 _BEFORE_THE_SESSION = (Selected, NotSelected, AdvertiseKeysRequest, Roster, RoundOver, Outcome)
-_FORK = (
-    "a fork: what coordinator {2} announces as round {0}, attempt {1}, does not follow what it has announced to this "
-    "device before; ask its operator whether the journal was restored, and other devices what they were told"
-)
 _EXPECTING_AN_ANSWER = (CheckedIn, Waiting, Advertised, Sharing, Uploading, Uploaded, AwaitingOutcome)
-
-
-@dataclass(frozen=True, slots=True)
-class _Candidate:
-    """An announced round whose plan has not arrived yet."""
-
-    digest: bytes
-    coordinator: str
-    round: int
-    attempt: int
-    announcement: Announcement
-    heard_ms: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Heard:
-    """The newest announcement of one coordinator, as far as this process has heard."""
-
-    digest: bytes
-    position: tuple[int, int]
-    signed_ms: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,9 +122,8 @@ class Participation:
         self.device = device
         self.state: State = AwaitingOutcome(entry) if entry is not None and entry.session else Idle()
         self._entry = entry
-        self._candidate: _Candidate | None = None
-        self._heard: dict[str, _Heard] = {}
-        self._last_outcome: Outcome | None = None
+        self._announcements = Announcements()
+        self._candidate: Announced | None = None
         self._due: _Due | None = None
         self._seen: set[bytes] = set()
         self._resend_ms = resend_ms
@@ -176,7 +147,7 @@ class Participation:
             case Announcement() as announcement:
                 return [*self._keep_time(announcement.now_ms, now_ms), *self._announced(opened, announcement, now_ms)]
             case Outcome() as outcome:
-                self._last_outcome = outcome
+                self._announcements.end(outcome)
                 in_round = self._receive_in_round(opened, now_ms)
                 return [*self._keep_time(outcome.now_ms, now_ms), self._settled(opened, outcome), *in_round]
             case Selected() as selected:
@@ -223,30 +194,14 @@ class Participation:
     # --- announcements ------------------------------------------------------------------------------------------------
 
     def _announced(self, opened: Opened[Message], announcement: Announcement, now_ms: int) -> list[Effect]:
-        digest, current = digest_of(opened.payload), entry_of(self.state)
-        known = {c for c in (current and current.announcement, self._candidate and self._candidate.digest) if c}
-        context, heard = opened.context, self._heard.get(opened.context.sender)
+        context, current = opened.context, entry_of(self.state)
         position = (context.round, context.attempt)
-        if digest in known or (heard is not None and digest == heard.digest):
+        announced = Announced(digest_of(opened.payload), context.sender, position, announcement, now_ms)
+        if self._announcements.repeats(announced) or (current and current.announcement == announced.digest):
             return []
-        # A coordinator that has lost its journal starts over with small numbers and later times: that is no replay.
-        if heard is not None and position < heard.position and announcement.now_ms <= heard.signed_ms:
-            raise Replayed(f"the announcement of round {position}, where round {heard.position} has been announced")
-        forks = heard is not None and self._denies(heard, announcement, position)
-        self._heard[context.sender] = _Heard(digest, position, announcement.now_ms)
-        self._candidate = _Candidate(
-            digest, context.sender, context.round, context.attempt, announcement, heard_ms=now_ms
-        )  # fmt: skip
-        warning = [Log(_FORK.format(*position, context.sender), warning=True)] if forks else []
+        warning = self._announcements.hear(announced)
+        self._candidate = announced
         return [*warning, FetchPlan(announcement.plan, announcement.state.digest)]
-
-    def _denies(self, heard: _Heard, announcement: Announcement, position: tuple[int, int]) -> bool:
-        """Say whether an announcement contradicts the one heard before it, where no third can lie between them."""
-        round_, attempt = heard.position
-        outcome = self._last_outcome
-        committed = outcome is not None and outcome.committed and outcome.announcement == heard.digest
-        follows = position == (round_, attempt + 1) or (committed and position == (round_ + 1, 0))
-        return position == heard.position or (follows and announcement.previous != heard.digest)
 
     def _plan_fetched(self, event: PlanFetched, now_ms: int) -> list[Effect]:
         candidate = self._candidate
@@ -257,59 +212,32 @@ class Participation:
             plan = decode_plan(event.content)
         except ConfigError as error:
             return self._refuse(candidate, None, error, now_ms, code="bad_plan")
-        if self._last_outcome is not None and self._last_outcome.announcement == candidate.digest:
-            return self._look_back(candidate, plan, self._last_outcome, now_ms)
+        if outcome := self._announcements.outcome_of(candidate):
+            return self._look_back(candidate, plan, outcome, now_ms)
         if not self._is_new(candidate, plan, event.facts):
-            return [Log(f"round {candidate.round}, attempt {candidate.attempt} of {plan.name} is over for this device")]
+            round_, attempt = candidate.position
+            return [Log(f"round {round_}, attempt {attempt} of {plan.name} is over for this device")]
         # Twice: the first leaves the session, the second also stops waiting for its outcome.
         left = [*self._leave("a newer round is open", now_ms), *self._leave("a newer round is open", now_ms)]
         try:
-            self._check(candidate, plan, event.facts, now_ms)
+            check_announced(self.device, candidate, plan, event.facts, now_ms=self.coordinator_ms(now_ms))
         except (PolicyRefusal, ProgramError, ConfigError) as error:
             return [*left, *self._refuse(candidate, plan, error, now_ms)]
-        return [*left, *self._join(self._open_round(candidate, plan), now_ms)]
+        return [*left, *self._join(candidate.open(plan), now_ms)]
 
-    def _look_back(self, candidate: _Candidate, plan: Plan, outcome: Outcome, now_ms: int) -> list[Effect]:
+    def _look_back(self, candidate: Announced, plan: Plan, outcome: Outcome, now_ms: int) -> list[Effect]:
         """Take note of a round that had ended before this device heard of it: its new state is still of use."""
         if not isinstance(self.state, Idle):
             return []
-        self._enter(Watching(_entry(candidate, plan), "it had ended already"), [], now_ms)
+        self._enter(Watching(candidate.entry(plan), "it had ended already"), [], now_ms)
         step = STEPS[Watching, Outcome]
         return self._take(step, outcome, now_ms)
 
-    def _is_new(self, candidate: _Candidate, plan: Plan, facts: LocalFacts) -> bool:
+    def _is_new(self, candidate: Announced, plan: Plan, facts: LocalFacts) -> bool:
         """Say whether the announced round is newer than all that are finished, and than the current one."""
         current = entry_of(self.state)
-        position = (candidate.round, candidate.attempt)
         running = (current.round, current.attempt) if current and current.plan_name == plan.name else None
-        return all(position > done for done in (facts.last_round, running) if done is not None)
-
-    def _check(self, candidate: _Candidate, plan: Plan, facts: LocalFacts, now_ms: int) -> None:
-        policy = self.device.policy
-        if plan.fleet != self.device.fleet:
-            raise PolicyRefusal("fleet", f"the plan is for fleet {plan.fleet!r}")
-        check_plan(policy, plan, self.coordinator_ms(now_ms) // 1000)
-        now_s = self.coordinator_ms(now_ms) / 1000
-        check_participation(plan, round=candidate.round, last=facts.last_release, now_s=now_s)
-        if facts.releases >= policy.max_releases_per_state:
-            raise PolicyRefusal(
-                "max_releases_per_state",
-                f"this device has answered plan {plan.name!r} from the same state and examples {facts.releases} times, "
-                f"allowed {policy.max_releases_per_state}; it answers again when its examples are others",
-            )
-        if facts.examples == 0:
-            raise BadExamples(
-                f"no examples in collection {plan.collection!r}: edge-agent import {plan.collection} FILE"
-            )
-
-    def _open_round(self, candidate: _Candidate, plan: Plan) -> OpenRound:
-        remaining_ms = candidate.announcement.rendezvous_closes_ms - candidate.announcement.now_ms
-        return OpenRound(
-            entry=_entry(candidate, plan),
-            announcement=candidate.announcement,
-            plan=plan,
-            give_up_ms=candidate.heard_ms + max(0, remaining_ms) + GRACE_MS,
-        )
+        return all(candidate.position > done for done in (facts.last_round, running) if done is not None)
 
     def _join(self, round_: OpenRound, now_ms: int) -> list[Effect]:
         """Check in, or go on where a stopped agent was."""
@@ -325,14 +253,14 @@ class Participation:
         return self._enter(CheckedIn(round_), [round_.send(check_in)], now_ms)
 
     def _refuse(
-        self, candidate: _Candidate, plan: Plan | None, error: SottovoceError, now_ms: int, code: str | None = None
+        self, candidate: Announced, plan: Plan | None, error: SottovoceError, now_ms: int, code: str | None = None
     ) -> list[Effect]:  # fmt: skip
         # A plan that the owner refuses leaves no trace: its states are not fetched either. One that is only not due yet
         # is followed: what the others make of it is for everybody.
         refused = isinstance(error, PolicyRefusal) and error.rule != "participation"
-        entry = _entry(candidate, None if refused else plan)
+        entry = candidate.entry(None if refused else plan)
         effects: list[Effect] = [
-            Log(f"round {candidate.round}: {error}", warning=True),
+            Log(f"round {entry.round}: {error}", warning=True),
             send(entry, Withdraw(code=code or code_of(error), certificate=self.device.identity.certificate.der)),
         ]
         return self._enter(Watching(entry, str(error)), effects, now_ms)
@@ -461,16 +389,3 @@ def code_of(error: SottovoceError) -> str:
             return reason
         case _:
             return "device"
-
-
-def _entry(candidate: _Candidate, plan: Plan | None) -> Entry:
-    return Entry(
-        announcement=candidate.digest,
-        coordinator=candidate.coordinator,
-        plan_name=plan.name if plan else "",
-        program=plan.program.digest if plan else b"",
-        round=candidate.round,
-        attempt=candidate.attempt,
-        route="0",
-        publishes=candidate.announcement.plan.digest if plan and plan.publish else b"",
-    )

@@ -18,9 +18,9 @@ import msgspec
 
 from edge_agent.effects import Contribution, Entry, NextClientState
 from edge_agent.home import open_at_rest, seal_at_rest
+from sottovoce.blobs import Document, canonical, digest_of
 from sottovoce.errors import ConfigError, CryptoError, MalformedMessage
 from sottovoce.identity import Identity
-from sottovoce.plan import Document, canonical, digest_of
 from sottovoce.tensors import decode_tensors, encode_tensors
 
 Kind: TypeAlias = Literal["checkpoint", "result", "entry"]

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import msgspec
 
+from sottovoce.blobs import Document, canonical, digest_of
 from sottovoce.errors import ConfigError, MalformedMessage
-from sottovoce.plan import Document, Plan, canonical, decode_plan, digest_of
+from sottovoce.plan import Plan, decode_plan
 from sottovoce.tensors import decode_tensors
 from sottovoce.types import Array
 

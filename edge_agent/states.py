@@ -30,8 +30,9 @@ from edge_agent.effects import (
     Send,
 )
 from edge_agent.policy import Policy
+from sottovoce.blobs import Cut
 from sottovoce.identity import Identity, TrustAnchor, latest_time
-from sottovoce.plan import Cut, Plan
+from sottovoce.plan import Plan
 from sottovoce.secagg.client import ClientSession
 from sottovoce.wire.messages import (
     AdvertiseKeysRequest,

@@ -62,7 +62,8 @@ from sottovoce.errors import ConfigError, LocalProtocolError, MalformedMessage, 
 from sottovoce.identity import NAME, SignedContext
 from sottovoce.plan import Plan
 from sottovoce.secagg.client import ClientSession
-from sottovoce.secagg.lanes import encode, layout_of
+from sottovoce.secagg.encoding import encode
+from sottovoce.secagg.lanes import layout_of
 from sottovoce.wire.chunks import missing_in_bitmap
 from sottovoce.wire.messages import (
     REASON_CODE,

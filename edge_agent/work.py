@@ -16,9 +16,10 @@ import msgspec
 import numpy as np
 
 from edge_agent.extraction import extract, messages_of
+from sottovoce.blobs import Document, canonical
 from sottovoce.bundle import NEXT, Bundle, Port
 from sottovoce.errors import BadExamples, MalformedMessage, NonFiniteUpdate, ProgramError
-from sottovoce.plan import Document, Extraction, LocalWork, canonical
+from sottovoce.plan import Extraction, LocalWork
 from sottovoce.runtime import NO_ARRAYS, Program
 from sottovoce.tensors import decode_tensors, encode_tensors
 from sottovoce.types import Array

@@ -16,7 +16,8 @@ import numpy as np
 import tensorflow as tf
 
 from models.gradients import CannotTrain
-from models.keras_tracing import follow_moments, frozen_variables, packed, told, unrolled
+from models.keras_inputs import packed
+from models.keras_tracing import follow_moments, frozen_variables, told, unrolled
 from models.keras_training import Training, forward
 from models.ops import Tensor
 from models.program_export import DELTA, Arrays

@@ -17,10 +17,11 @@ import tensorflow as tf
 
 from models.gradients import CannotTrain, built_in_gradients, slopes
 from models.keras_dropout import uniform_of
+from models.keras_inputs import features_of, port_type
 from models.keras_losses import Loss, loss_of
 from models.keras_metrics import Metric, metrics_of
 from models.keras_optimizers import ClientOptimizer, optimizer_of
-from models.keras_tracing import Pass, Traced, features_of, port_type, trace
+from models.keras_tracing import Pass, Traced, trace
 from models.lint import refuse
 from models.ops import Tensor
 from models.program_export import DELTA, LOCAL, Arrays, Function, Tensors, port_of, scalar_ports, take

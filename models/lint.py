@@ -19,7 +19,8 @@ from models.device_operations import CURES, DRAWS, FLAT, FORWARD, NEVER, THROUGH
 from models.gradients import OTHERWISE, RANDOM, CannotTrain, built_in_gradients, layer_of, needed, slopes
 from models.gradients_registry import GRADIENTS, SUBSTITUTES, NoGradient, Operation
 from models.keras_dropout import uniform_of
-from models.keras_tracing import Traced, every_layer, features_of, trace
+from models.keras_inputs import features_of
+from models.keras_tracing import Traced, every_layer, trace
 
 keras = tf.keras
 Verdict: TypeAlias = Literal["trains", "frozen", "has no weights", "only infers", "cannot run"]

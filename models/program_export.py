@@ -17,6 +17,7 @@ import tensorflow as tf
 
 from models.conversion import SIGNATURE, flatbuffer_of
 from models.ops import Tensor
+from sottovoce.blobs import digest_of
 from sottovoce.bundle import (
     FORMAT,
     Bundle,
@@ -29,7 +30,6 @@ from sottovoce.bundle import (
     decode_bundle,
     encode_bundle,
 )
-from sottovoce.plan import digest_of
 from sottovoce.runtime import open_program, run_self_test, sampled
 from sottovoce.tensors import encode_tensors
 from sottovoce.types import Array, TensorType

@@ -32,13 +32,15 @@ from simulation.attack_report import AttackReport, Bounds, Finding, draw, findin
 from simulation.attack_session import COORDINATOR, Record, enrol, hold_session, without_known_masks
 from simulation.datasets import Examples, digits
 from simulation.report import write_report
+from sottovoce.blobs import DEFAULT_CHUNK_BYTES, digest_of
 from sottovoce.bundle import Bundle, decode_bundle
 from sottovoce.errors import ConfigError
 from sottovoce.identity import SignedContext
-from sottovoce.plan import DEFAULT_CHUNK_BYTES, Plan, digest_of
+from sottovoce.plan import Plan
 from sottovoce.runtime import Program, open_program
 from sottovoce.secagg.client import ClientSession
-from sottovoce.secagg.lanes import Layout, encode, layout_of
+from sottovoce.secagg.encoding import encode
+from sottovoce.secagg.lanes import Layout, layout_of
 from sottovoce.secagg.segments import add_into
 from sottovoce.secagg.server import ServerSession
 from sottovoce.tensors import decode_tensors, encode_tensors

@@ -1,4 +1,4 @@
-"""The demo's data, divided among devices: scikit-learn's digits, and real people's movements (HAR).
+"""Data divided among devices: scikit-learn's digits, real people's movements (HAR), and MNIST.
 
 No constant of any data set is here; inputs are standardised by a masked round (see `coordinator.task`).
 
@@ -17,6 +17,11 @@ import numpy as np
 
 from sottovoce.errors import ConfigError
 from sottovoce.types import Array
+
+DATA_VARIABLE = "SOTTOVOCE_DATA"
+"""Names the folder of the data sets that are too large to come with the project."""
+MNIST_FILE = Path("mnist") / "mnist.npz"
+_BRIGHTEST = np.float32(255)
 
 Examples = dict[str, Array]
 
@@ -109,9 +114,42 @@ def people(path: Path) -> DividedData:
     return DividedData(mine, {"x": x[held_out], "y": y[held_out]})
 
 
+def mnist(path: Path, *, devices: int, examples: int, seed: int) -> DividedData:
+    """Return MNIST dealt out at random, the same number of examples to every device.
+
+    Args:
+        path: An .npz with `x_train` and `x_test` uint8 [n,28,28], `y_train` and `y_test` [n].
+        devices: How many.
+        examples: Of each device.
+        seed: Of the dealing; the same seed gives the same devices.
+
+    Raises:
+        ConfigError: There is no such file, it is not such a file, or it has too few examples.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            x, y, x_test, y_test = (stored[name] for name in ("x_train", "y_train", "x_test", "y_test"))
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"there is no {path}: name the file with --data FILE, or in {DATA_VARIABLE} the folder that has "
+            f"{MNIST_FILE}; it is the .npz that Keras downloads, with x_train, y_train, x_test and y_test"
+        ) from error
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"{path} is not an .npz with x_train, y_train, x_test and y_test: {error}") from error
+    if devices * examples > len(y):
+        raise ConfigError(f"{path} has {len(y)} examples, too few for {devices} devices with {examples} each")
+    dealt = np.random.default_rng(seed).permutation(len(y))[: devices * examples].reshape(devices, examples)
+    mine = {name: _scaled(x[rows], y[rows]) for name, rows in zip(device_names(devices), dealt, strict=True)}
+    return DividedData(mine, _scaled(x_test, y_test))
+
+
 def device_names(count: int) -> list[str]:
     """Return `count` device ids: pi-01, pi-02, ..."""
     return [f"pi-{i:02d}" for i in range(1, count + 1)]
+
+
+def _scaled(pictures: Array, labels: Array) -> Examples:
+    return {"x": (pictures / _BRIGHTEST).astype(np.float32), "y": labels.astype(np.int32)}
 
 
 def _dirichlet_parts(labels: Array, devices: int, concentration: float, rng: np.random.Generator) -> list[Array]:

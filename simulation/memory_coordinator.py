@@ -15,9 +15,9 @@ from coordinator.service import Service
 from coordinator.settings import UploadSettings
 from coordinator.terms import RoundTerms, check_terms
 from simulation.memory_device import FLEET, SimulatedClock
+from sottovoce.blobs import DEFAULT_CHUNK_BYTES
 from sottovoce.identity import Identity, TrustAnchor
 from sottovoce.language.ports import RoundRequest
-from sottovoce.plan import DEFAULT_CHUNK_BYTES
 from sottovoce.transport.memory import COORDINATOR, MemoryBroker, MemoryTransport
 
 

@@ -29,11 +29,11 @@ from simulation.fleet_terms import STAGE_OF_EVENT, Fault, FleetTerms, Mode, Stag
 from simulation.guarded import GuardedFolder
 from simulation.memory_coordinator import MemoryCoordinator
 from simulation.memory_device import Enrolment, MemoryDevice, SimulatedClock
+from sottovoce.blobs import digest_of
 from sottovoce.errors import ConfigError, RoundAbandoned
 from sottovoce.language.context import use
 from sottovoce.language.fleet_executor import FleetExecutor
 from sottovoce.language.ports import RoundRequest, RoundSums
-from sottovoce.plan import digest_of
 from sottovoce.secagg.graph import SMALLEST_COHORT
 from sottovoce.tensors import decode_tensors
 from sottovoce.transport.memory import COORDINATOR, MemoryBroker

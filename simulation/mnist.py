@@ -30,7 +30,7 @@ from rich.console import Console
 
 import sottovoce as sv
 from simulation.baselines import accuracy
-from simulation.datasets import DividedData, Examples, device_names
+from simulation.datasets import DATA_VARIABLE, MNIST_FILE, DividedData, mnist
 from simulation.learning_runs import redrawn
 from simulation.memory_fleet import MemoryFleet, fleet
 from sottovoce.bundle import Bundle, encode_bundle, read_bundle
@@ -41,11 +41,8 @@ from sottovoce.language.ports import Bound
 from sottovoce.plan import LocalWork
 from sottovoce.runtime import open_program
 from sottovoce.tensors import decode_tensors
-from sottovoce.types import Array
 
 COLLECTION = "mnist"
-_DATA_VARIABLE, _DATA_FILE = "SOTTOVOCE_DATA", Path("mnist") / "mnist.npz"
-_BRIGHTEST = np.float32(255)
 _CLIP_NORM, _HALF_RANGE, _BITS = 10.0, 0.5, 20
 """What a device's update is held to; an epoch at the rates below stays well inside, so that nothing is lost."""
 _LARGEST_LOSS = 10
@@ -171,35 +168,6 @@ class Goal:
         return number % self.test_every == 0 or number == self.rounds
 
 
-def mnist(path: Path, *, devices: int, examples: int, seed: int) -> DividedData:
-    """Return MNIST dealt out at random, the same number of examples to every device.
-
-    Args:
-        path: An .npz with `x_train` and `x_test` uint8 [n,28,28], `y_train` and `y_test` [n].
-        devices: How many.
-        examples: Of each device.
-        seed: Of the dealing; the same seed gives the same devices.
-
-    Raises:
-        ConfigError: There is no such file, it is not such a file, or it has too few examples.
-    """
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            x, y, x_test, y_test = (stored[name] for name in ("x_train", "y_train", "x_test", "y_test"))
-    except FileNotFoundError as error:
-        raise ConfigError(
-            f"there is no {path}: name the file with --data FILE, or in {_DATA_VARIABLE} the folder that has "
-            f"{_DATA_FILE}; it is the .npz that Keras downloads, with x_train, y_train, x_test and y_test"
-        ) from error
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"{path} is not an .npz with x_train, y_train, x_test and y_test: {error}") from error
-    if devices * examples > len(y):
-        raise ConfigError(f"{path} has {len(y)} examples, too few for {devices} devices with {examples} each")
-    dealt = np.random.default_rng(seed).permutation(len(y))[: devices * examples].reshape(devices, examples)
-    mine = {name: _scaled(x[rows], y[rows]) for name, rows in zip(device_names(devices), dealt, strict=True)}
-    return DividedData(mine, _scaled(x_test, y_test))
-
-
 def first_model(folder: Path, setting: Setting) -> Bundle:
     """Return the client program with its first weights; exported and kept in `folder` at the first call.
 
@@ -302,10 +270,6 @@ def _line(
     )
 
 
-def _scaled(pictures: Array, labels: Array) -> Examples:
-    return {"x": (pictures / _BRIGHTEST).astype(np.float32), "y": labels.astype(np.int32)}
-
-
 def _export(model: str, out: Path) -> None:
     """Run `sottovoce export` in a process of its own, so that this one never loads TensorFlow."""
     command = [sys.executable, "-P", "-m", "sottovoce", "export", model, "--out", str(out)]
@@ -342,12 +306,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    folder = os.environ.get(_DATA_VARIABLE, ".")
-    where = f"mnist.npz (default: {_DATA_FILE} in the folder that {_DATA_VARIABLE} names)"
+    folder = os.environ.get(DATA_VARIABLE, ".")
+    where = f"mnist.npz (default: {MNIST_FILE} in the folder that {DATA_VARIABLE} names)"
     kept = "keeps model, state and log; goes on where it was stopped (default: runs/mnist-MODEL)"
     parser = argparse.ArgumentParser(prog="scripts/train_mnist", description=main.__doc__)
     parser.add_argument("model", choices=tuple(RECIPES))
-    parser.add_argument("--data", type=Path, default=Path(folder) / _DATA_FILE, metavar="FILE", help=where)
+    parser.add_argument("--data", type=Path, default=Path(folder) / MNIST_FILE, metavar="FILE", help=where)
     parser.add_argument("--folder", type=Path, help=kept)
     parser.add_argument("--rounds", type=int, help="at most (default: 174 for 2nn, 40 for cnn)")
     parser.add_argument("--until", type=float, help="accuracy to stop at (default: 0.97 for 2nn, 0.99 for cnn)")

@@ -22,21 +22,14 @@ from coordinator.aggregation import UploadSlots
 from coordinator.graph_parameters import graph_parameters
 from simulation.secagg_bench_fleet import COORDINATOR, FLEET, SIGNATURES, BenchFleet, Meter
 from simulation.secagg_bench_floor import Gauge
+from sottovoce.blobs import DEFAULT_CHUNK_BYTES, blob_ref
 from sottovoce.errors import RoundAbandoned
 from sottovoce.identity import SignedContext
-from sottovoce.plan import (
-    DEFAULT_CHUNK_BYTES,
-    Aggregation,
-    LaneName,
-    LocalWork,
-    Plan,
-    PrivacyTerms,
-    Quantised,
-    blob_ref,
-)
+from sottovoce.plan import Aggregation, LaneName, LocalWork, Plan, PrivacyTerms, Quantised
 from sottovoce.secagg.client import ClientSession, ClientTerms
+from sottovoce.secagg.encoding import encode
 from sottovoce.secagg.graph import BASIS_POINTS, COMPLETE_GRAPH_LIMIT, SMALLEST_COHORT, GraphParameters, threshold
-from sottovoce.secagg.lanes import Layout, encode, layout_of
+from sottovoce.secagg.lanes import Layout, layout_of
 from sottovoce.secagg.mask_removal import AT_ONCE, Spread
 from sottovoce.secagg.segments import add_into, reduce
 from sottovoce.secagg.server import STAGE_NAMES, Reply, ServerSession

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from sottovoce import ask_command
+from sottovoce.blobs import digest_of
 from sottovoce.bundle import Bundle, ClientState, Port, read_bundle
 from sottovoce.errors import ConfigError, SottovoceError
-from sottovoce.plan import digest_of
 from sottovoce.types import Array
 
 _DESCRIPTION = """\

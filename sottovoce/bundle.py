@@ -27,8 +27,8 @@ from typing import Literal, TypeAlias
 import msgspec
 import numpy as np
 
+from sottovoce.blobs import MAX_BLOB_BYTES, Document, canonical, digest_of
 from sottovoce.errors import BadBundle, ConfigError, MalformedMessage
-from sottovoce.plan import MAX_BLOB_BYTES, Document, canonical, digest_of
 from sottovoce.tensors import decode_tensors, encode_tensors
 from sottovoce.types import Array, TensorType
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import msgspec
 import numpy as np
 
+from sottovoce.blobs import Document
 from sottovoce.errors import ConfigError, MalformedMessage
-from sottovoce.plan import Document
 from sottovoce.types import Array, TensorType
 
 

@@ -172,11 +172,7 @@ def hosted_training(
     collection: str,
     rounds: int,
     work: LocalWork,
-    clip_norm: float,
-    half_range: float,
-    bits: int,
-    lane: LaneName,
-    weight_cap: int,
+    terms: Terms,
     largest_cohort: int,
     learning_rate: float | None,
     learning_rate_decay: float = 1.0,
@@ -196,11 +192,7 @@ def hosted_training(
         collection: The collection of local examples.
         rounds: Rounds of training, at least 1.
         work: Epochs, batches and which examples; the standardising round is one epoch.
-        clip_norm: L2 bound of one device's update.
-        half_range: Every coordinate, once clipped and weighted, is clamped to +- this.
-        bits: Width of one coordinate before summation.
-        lane: How wide it is on the wire.
-        weight_cap: Most examples of one device that count.
+        terms: How one device's update is clipped, weighted and encoded; nothing is left to lowering.
         largest_cohort: Most devices in a round; decides how wide the lanes of plain sums are.
         learning_rate: The devices' in the first round; None is the bundle's.
         learning_rate_decay: Every round's rate is the one before times this.
@@ -218,7 +210,6 @@ def hosted_training(
     model = _trainable(bundle, learning_rate, results)
     client = ClientOptimizer(learning_rate, learning_rate_decay, work)
     averaging = Averaging(model, client, _server_optimizer(server_optimizer, server_options))
-    terms = Terms(clip_norm=clip_norm, half_range=half_range, weight_cap=weight_cap, bits=bits, lane=lane)
     summed = checked_metrics(model, {metric: _bound(each) for metric, each in metrics.items()})
     process = build_fed_avg(bundle, client, averaging.server, terms=terms, metrics=summed, name=name, purpose=purpose)
     training = _encoded(lower(process.next), purpose, metrics, largest_cohort)

@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from sottovoce.blobs import Document
 from sottovoce.errors import ConfigError
-from sottovoce.plan import Aggregation, Document, Extraction, LocalWork, ParticipationTerms
+from sottovoce.plan import Aggregation, Extraction, LocalWork, ParticipationTerms
 from sottovoce.types import Array, Type
 
 if TYPE_CHECKING:
@@ -148,7 +149,7 @@ class RoundSums:
 
     Attributes:
         sums: Aggregation name -> one array a tensor: the plain sum over the survivors; of a weighted aggregation the
-            weighted mean, as `sottovoce.secagg.lanes` gives it.
+            weighted mean, as `sottovoce.secagg.encoding` gives it.
         weight: Sum of the survivors' weights, each capped.
         survivors: Devices in the sum.
         clamped: Entries that devices had to clamp.

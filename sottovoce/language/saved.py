@@ -14,6 +14,7 @@ from typing import Literal
 import msgspec
 import numpy as np
 
+from sottovoce.blobs import MAX_BLOB_BYTES, Document, canonical
 from sottovoce.errors import ConfigError, ProgramError, SottovoceError
 from sottovoce.language.expressions import (
     Body,
@@ -31,13 +32,7 @@ from sottovoce.language.ports import Bound
 from sottovoce.language.recipes import Recipe, Summand
 from sottovoce.language.saved_checks import check_lowered
 from sottovoce.language.tracing import tracer
-from sottovoce.plan import (
-    MAX_BLOB_BYTES,
-    Aggregation,
-    Document,
-    LocalWork,
-    canonical,
-)
+from sottovoce.plan import Aggregation, LocalWork
 from sottovoce.runtime import open_function
 from sottovoce.tensors import decode_tensors, encode_tensors
 from sottovoce.types import Array, FunctionType, TensorType, Type, type_of

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from sottovoce.blobs import blob_ref
 from sottovoce.bundle import decode_bundle
 from sottovoce.errors import BadBundle, ConfigError
 from sottovoce.language.body_checks import check_body
@@ -12,7 +13,7 @@ from sottovoce.language.bounds import elements_of
 from sottovoce.language.client_part import member_of
 from sottovoce.language.lowered import Lowered
 from sottovoce.language.recipes import Recipe
-from sottovoce.plan import Plan, PrivacyTerms, blob_ref, check_plan
+from sottovoce.plan import Plan, PrivacyTerms, check_plan
 from sottovoce.types import CLIENTS, FederatedType, StructType, TensorType, Type
 from sottovoce.values import leaves
 

@@ -90,9 +90,12 @@ class Scaffold:
         """The type of the server's state: the model with its controls, and the number of rounds averaged."""
         return StructType((("model", model_type(self.bundle)), ("round", INT32)))
 
-    def delta_type(self, result: int) -> StructType:
-        """Return the type of result 0 (`delta`) or 1 (`control_delta`)."""
-        return StructType(tuple((port.name, port.tensor_type) for port in self.bundle.results[result].ports))
+    @property
+    def delta_types(self) -> tuple[StructType, ...]:
+        """The types of the results `delta` and `control_delta`."""
+        return tuple(
+            StructType(tuple((port.name, port.tensor_type) for port in result.ports)) for result in self.bundle.results
+        )
 
     def first_state(self) -> Record[Any]:
         """Return the state before the first round; all controls are as in the bundle, zero."""
@@ -162,9 +165,7 @@ def build_scaffold(
     bounds = checked_metrics(program.bundle, metrics)
     control_limit = None if control_bound is None else Bound(-control_bound, control_bound)
     prepare = server_computation(server.state_type, result=part_of(program, "broadcast"))(server.broadcast)
-    advance = server_computation(
-        server.state_type, server.delta_type(0), server.delta_type(1), result=server.state_type
-    )(server.advance)
+    advance = server_computation(server.state_type, *server.delta_types, result=server.state_type)(server.advance)
 
     def train(state: Value, examples: Value) -> object:
         sent = federated_broadcast(federated_map(prepare, state))

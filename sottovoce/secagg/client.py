@@ -10,13 +10,14 @@ Reference: Bonawitz et al. 2017 (eprint 2017/281), figure 4; `docs/SPEC.md`.
 from __future__ import annotations
 
 import datetime
+import traceback
 from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, TypeAlias
 
+from sottovoce.blobs import DEFAULT_CHUNK_BYTES, canonical, digest_of
 from sottovoce.errors import LocalProtocolError, SottovoceError, UnexpectedMessage
 from sottovoce.identity import Identity, SignedContext, TrustAnchor
-from sottovoce.plan import DEFAULT_CHUNK_BYTES, canonical, digest_of
 from sottovoce.secagg import client_steps
 from sottovoce.secagg.client_stages import (
     Aborted,
@@ -29,7 +30,7 @@ from sottovoce.secagg.client_stages import (
     Stage,
     SurvivorsSigned,
 )
-from sottovoce.secagg.lanes import Entropy
+from sottovoce.secagg.encoding import Entropy
 from sottovoce.secagg.transcript import NO_SESSION, agree
 from sottovoce.wire.messages import (
     AdvertiseKeys,
@@ -204,11 +205,17 @@ class _AbortOnError:
     def __enter__(self) -> None:
         pass
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if kind is not None:
+            _forget_locals(error)
             self._session.abort(error if isinstance(error, SottovoceError) else None)
+
+
+def _forget_locals(error: BaseException | None) -> None:
+    """Clear the variables of the steps that `error` went through: it outlives them, and they are secrets."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
 
 
 def _erase(vector: bytearray) -> None:

@@ -10,7 +10,7 @@ from typing import TypeAlias
 from sottovoce.errors import ConfigError, SottovoceError
 from sottovoce.identity import Identity, TrustAnchor
 from sottovoce.secagg import graph, keys
-from sottovoce.secagg.lanes import Entropy
+from sottovoce.secagg.encoding import Entropy
 from sottovoce.secagg.roster import Member, Shape
 from sottovoce.secagg.transcript import Agreement
 from sottovoce.wire.messages import AdvertiseKeys, Mode

@@ -26,8 +26,8 @@ from sottovoce.errors import (
 )
 from sottovoce.identity import SignedContext
 from sottovoce.secagg import graph, keys, server_steps
+from sottovoce.secagg.encoding import Entropy
 from sottovoce.secagg.graph import GraphRule
-from sottovoce.secagg.lanes import Entropy
 from sottovoce.secagg.mask_removal import AT_ONCE, Spread
 from sottovoce.secagg.server_stages import (
     Abandoned,

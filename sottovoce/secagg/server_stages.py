@@ -36,7 +36,7 @@ class Cohort:
     shape: Shape
     members: tuple[Member, ...]
     position_of: Mapping[str, int]
-    neighbours: Positions = field(repr=False)
+    neighbours: Positions = field(repr=False, compare=False)
 
     @property
     def holders(self) -> Positions:
@@ -173,7 +173,7 @@ class CollectingShares:
     survivors: tuple[int, ...]
     alive: frozenset[int]
     asked: Mapping[int, int]
-    answers: dict[int, Limbs] = field(default_factory=dict, repr=False)
+    answers: dict[int, Limbs] = field(default_factory=dict, repr=False, compare=False)
 
     def waiting_for(self) -> frozenset[str]:
         """Return the devices that still owe an answer."""

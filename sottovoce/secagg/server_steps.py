@@ -48,8 +48,11 @@ from sottovoce.wire.messages import (
 _CIPHERTEXT = np.dtype((np.void, keys.CIPHERTEXT_BYTES))
 _WIDEST_WORD_BYTES = 8
 _MOST_SMALL_CHUNKS = 64
-"""A vector in more chunks has larger ones, of MIN_FRAGMENT_BYTES: every chunk is answered with a bitmap of all, so a
-device with tens of thousands of tiny ones would make the coordinator do a hundred times its own work."""
+"""A vector in more chunks has larger ones, of MIN_FRAGMENT_BYTES: nobody makes the coordinator take a message for less.
+"""
+_MOST_CHUNKS = 10_000
+"""Every chunk is answered with a bitmap of all; of so many that are 12 MB for one vector. The largest there may be, cut
+for the narrowest brokers (60 KiB), has 8,739."""
 
 
 def take_advertisement(agreement: Agreement, stage: AdvertisingKeys, opened: Opened[AdvertiseKeys]) -> None:
@@ -92,7 +95,8 @@ def take_announcement(agreement: Agreement, stage: CollectingInputs, opened: Ope
     vector, member = opened.message.vector, stage.cohort.members[position]
     if vector.size != agreement.parameters.vector_bytes:
         raise MalformedMessage(f"{member.device} announced {vector.size} bytes, not the session's vector")
-    if vector.chunk_count > _MOST_SMALL_CHUNKS and vector.chunk_bytes < MIN_FRAGMENT_BYTES:
+    small = vector.chunk_count > _MOST_SMALL_CHUNKS and vector.chunk_bytes < MIN_FRAGMENT_BYTES
+    if small or vector.chunk_count > _MOST_CHUNKS:
         raise MalformedMessage(f"{member.device} cut its vector into {vector.chunk_count} chunks, each too small")
     tokens = _tokens_by_neighbour(agreement, stage, position, opened.message.inclusions)
     stage.announced[position] = expect(vector, stage.upload_keys[position])

@@ -11,8 +11,8 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from sottovoce.blobs import canonical, digest_of
 from sottovoce.identity import SignedContext
-from sottovoce.plan import canonical, digest_of
 from sottovoce.secagg import labels
 from sottovoce.wire.messages import AdvertiseKeys, SecAggParameters
 

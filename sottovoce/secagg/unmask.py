@@ -8,9 +8,9 @@ of them; so a few wrong shares are survived, and many end the round, never in a 
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
+from itertools import chain, islice
 
 import numpy as np
 
@@ -68,9 +68,10 @@ def rebuild_secrets(
             secrets[owner] = secret
         except BadShare:
             spoilt[tuple(point_of[start:stop].tolist())][owner] = limbs[start:stop]
+    wrong: Counter[int] = Counter()
     for points, sets in spoilt.items():
         shares = np.stack(tuple(sets.values()), axis=1)
-        secrets |= _rebuild_group(points, tuple(sets), shares, threshold, verify, session)
+        secrets |= _rebuild_group(points, tuple(sets), shares, threshold, verify, session, wrong)
     return secrets
 
 
@@ -81,11 +82,14 @@ def _rebuild_group(
     threshold: int,
     verify: Callable[[int, bytes], None],
     session: bytes,
+    wrong: Counter[int],
 ) -> dict[int, bytes]:
     """Rebuild the secrets of `owners`, whose first subset is spoilt; shares[i][j] is at points[i], of owners[j]."""
     found: dict[int, bytes] = {}
     pending = list(range(len(owners)))
-    for chosen in islice(_subsets(len(points), threshold, session), 1, None):
+    # Whoever was caught with a wrong share before comes last: a liar may cost one search, not one for every neighbour.
+    cleanest = sorted(range(len(points)), key=lambda index: wrong[points[index]])[:threshold]
+    for chosen in chain([cleanest], islice(_subsets(len(points), threshold, session), 1, None)):
         limbs = shamir.interpolate([points[i] for i in chosen], shares[np.ix_(chosen, pending)])
         for column, index in enumerate(tuple(pending)):
             try:
@@ -94,10 +98,22 @@ def _rebuild_group(
             except BadShare:
                 continue
             found[owners[index]] = secret
+            wrong.update(_wrong_points(points, shares[:, index], chosen))
         pending = [index for index in pending if owners[index] not in found]
         if not pending:
             return found
     raise BadShare(f"the secrets of {len(pending)} members cannot be rebuilt from {len(points)} shares")
+
+
+def _wrong_points(points: Sequence[int], shares: Limbs, right: Sequence[int]) -> list[int]:
+    """Return at which points the share is not on the polynomial through the `right` ones.
+
+    A share in the place of one of them leaves the value at 0 as it is exactly if it is on the polynomial, too.
+    """
+    others = sorted({*range(len(points))} - {*right})
+    rows = np.array([[*right[1:], other] for other in (right[0], *others)])
+    values = shamir.interpolate_each(np.array(points)[rows], shares[rows])
+    return [points[other] for other, value in zip(others, values[1:], strict=True) if (value != values[0]).any()]
 
 
 def _subsets(count: int, size: int, session: bytes) -> Iterator[list[int]]:

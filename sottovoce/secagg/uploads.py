@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
+from sottovoce.blobs import Cut
 from sottovoce.errors import BadBlob
-from sottovoce.plan import Cut
 from sottovoce.wire.messages import CHUNK_TAG_BYTES, TaggedVector
 
 _NONCE_BYTES = 12

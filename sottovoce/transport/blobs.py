@@ -11,8 +11,8 @@ from collections import Counter, OrderedDict, deque
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from sottovoce.blobs import BlobRef
 from sottovoce.errors import BadBlob
-from sottovoce.plan import BlobRef
 from sottovoce.transport.base import Transport
 from sottovoce.wire.chunks import MAX_ASSEMBLY_BYTES, Assembly
 from sottovoce.wire.topics import Topics

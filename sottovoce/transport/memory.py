@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+from sottovoce.blobs import DEFAULT_CHUNK_BYTES
 from sottovoce.errors import TransportError
-from sottovoce.plan import DEFAULT_CHUNK_BYTES
 from sottovoce.transport.base import Connected, Delivery, Disconnected, Event, Will
 from sottovoce.transport.mqtt_settings import HEADER_ALLOWANCE_BYTES
 from sottovoce.transport.outbox import Outbox, Outgoing

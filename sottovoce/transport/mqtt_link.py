@@ -21,15 +21,8 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from paho.mqtt import MQTTException
-from paho.mqtt.client import (
-    MQTT_CLEAN_START_FIRST_ONLY,
-    Client,
-    ConnectFlags,
-    DisconnectFlags,
-    MQTTMessage,
-)
-from paho.mqtt.enums import CallbackAPIVersion, LogLevel, MQTTProtocolVersion
-from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.client import Client, ConnectFlags, DisconnectFlags, MQTTMessage
+from paho.mqtt.enums import LogLevel
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
@@ -38,7 +31,8 @@ from sottovoce.transport.base import Delivery
 from sottovoce.transport.bell import Bell
 from sottovoce.transport.diagnosis import Facts, diagnose, diagnose_tls
 from sottovoce.transport.inbox import Inbox, Receipt
-from sottovoce.transport.mqtt_settings import HEADER_ALLOWANCE_BYTES, MqttSettings, check_broker_validity, tls_context
+from sottovoce.transport.mqtt_client import new_client
+from sottovoce.transport.mqtt_settings import MqttSettings, check_broker_validity
 from sottovoce.transport.outbox import Outbox, Outgoing
 from sottovoce.transport.reconnection import Ending, FullJitter, Persistence
 
@@ -88,7 +82,7 @@ class Link:
         self._outbox = outbox
         self._jitter = FullJitter(rng, min_s=settings.backoff_min_s, max_s=settings.backoff_max_s)
         self._persistence = Persistence(settings.client_id)
-        self._client = _new_client(settings)
+        self._client = new_client(settings)
         self._set_callbacks()
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._bell = Bell()
@@ -391,38 +385,3 @@ class Link:
     def _on_log(self, client: Client, userdata: Any, level: int, text: str) -> None:
         if level == LogLevel.MQTT_LOG_ERR:
             self._facts.last_words = text
-
-
-def _new_client(settings: MqttSettings) -> Client:
-    """Return a paho client that knows everything in `settings` but has not connected."""
-    version_5 = settings.protocol == "5"
-    client = Client(
-        CallbackAPIVersion.VERSION2,
-        client_id=settings.client_id,
-        clean_session=None if version_5 else settings.clean_start,
-        protocol=MQTTProtocolVersion.MQTTv5 if version_5 else MQTTProtocolVersion.MQTTv311,
-        reconnect_on_failure=False,
-        manual_ack=True,
-    )
-    if settings.username is not None:
-        client.username_pw_set(settings.username, settings.password)
-    if settings.will is not None:
-        client.will_set(settings.will.topic, settings.will.payload, qos=1, retain=True)
-    if settings.tls is not None:
-        client.tls_set_context(tls_context(settings.tls))
-    client.connect_timeout = settings.connect_timeout_s
-    if not version_5:
-        client.connect_async(settings.host, settings.port, settings.keepalive_s)
-        return client
-    properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]  # paho leaves it untyped
-    properties.SessionExpiryInterval = settings.session_expiry_s
-    properties.ReceiveMaximum = settings.receive_maximum
-    properties.MaximumPacketSize = settings.max_payload_bytes + HEADER_ALLOWANCE_BYTES
-    client.connect_async(
-        settings.host,
-        settings.port,
-        settings.keepalive_s,
-        clean_start=MQTT_CLEAN_START_FIRST_ONLY if settings.clean_start else False,
-        properties=properties,
-    )
-    return client

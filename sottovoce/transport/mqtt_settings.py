@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeAlias
 
+from sottovoce.blobs import DEFAULT_CHUNK_BYTES
 from sottovoce.errors import ConfigError, TransportError
-from sottovoce.plan import DEFAULT_CHUNK_BYTES
 from sottovoce.transport.base import Will
 
 Protocol: TypeAlias = Literal["5", "3.1.1"]

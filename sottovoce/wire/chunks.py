@@ -14,8 +14,8 @@ from typing import Generic, Protocol, TypeAlias, TypeVar
 
 import msgspec
 
+from sottovoce.blobs import MAX_CHUNK_BYTES, BlobRef, digest_of
 from sottovoce.errors import BadBlob, LocalProtocolError, MalformedMessage
-from sottovoce.plan import MAX_CHUNK_BYTES, BlobRef, digest_of
 from sottovoce.wire.codec import MAX_MESSAGE_BYTES
 
 MAX_ASSEMBLY_BYTES = 64 * 1024 * 1024
@@ -134,6 +134,7 @@ class Assembly(Generic[A]):
         self.ref = ref
         self._chunks: dict[int, Chunk] = {}
         self._missing = set(range(ref.chunk_count))
+        self._bitmap = bytearray(-(-ref.chunk_count // 8))
 
     def add(self, index: int, chunk: Chunk) -> bool:
         """Put chunk `index` in its place; return whether the whole is now complete. Repeats change nothing.
@@ -146,6 +147,7 @@ class Assembly(Generic[A]):
             self.ref.verify_chunk(index, kept)
             self._chunks[index] = kept
             self._missing.discard(index)
+            self._bitmap[index // 8] |= 1 << (index % 8)
         return self.complete
 
     @property
@@ -164,11 +166,7 @@ class Assembly(Generic[A]):
 
     def bitmap(self) -> bytes:
         """Bitmap of received chunks: chunk i is bit i % 8 of byte i // 8."""
-        bits = bytearray(-(-self.ref.chunk_count // 8))
-        for index in range(self.ref.chunk_count):
-            if index not in self._missing:
-                bits[index // 8] |= 1 << (index % 8)
-        return bytes(bits)
+        return bytes(self._bitmap)
 
     def chunks(self) -> list[Chunk]:
         """Return all chunks, in order.
@@ -196,9 +194,8 @@ class Assembly(Generic[A]):
 
 def _kept(chunk: Chunk) -> Chunk:
     """Return `chunk` itself, unless it could change later, or is so short that the message around it outweighs it."""
-    if isinstance(chunk, memoryview):
-        return chunk if chunk.readonly and chunk.nbytes >= MIN_FRAGMENT_BYTES else bytes(chunk)
-    return bytes(chunk)  # The very same object, if it is bytes.
+    lasting = isinstance(chunk, memoryview) and isinstance(chunk.obj, bytes) and chunk.nbytes >= MIN_FRAGMENT_BYTES
+    return chunk if lasting else bytes(chunk)  # The very same object, if it is bytes.
 
 
 def assemble(ref: A, content: bytes | bytearray | memoryview) -> Assembly[A]:

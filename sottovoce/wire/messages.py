@@ -11,8 +11,8 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
+from sottovoce.blobs import BlobRef, Cut, Document
 from sottovoce.errors import BadBlob
-from sottovoce.plan import BlobRef, Cut, Document
 
 Mode: TypeAlias = Literal["active", "curious"]
 Cipher: TypeAlias = Literal["aes-128-ctr", "chacha20"]

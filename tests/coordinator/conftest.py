@@ -28,24 +28,16 @@ from coordinator.service import Service
 from coordinator.settings import UploadSettings
 from coordinator.task import read_task
 from sottovoce.authority import create_authority, revoke, sign_request
+from sottovoce.blobs import blob_ref, digest_of
 from sottovoce.bundle import FORMAT, Bundle, Port, Result, Role, SelfTest, encode_bundle
 from sottovoce.errors import CryptoError, RemoteProtocolError
 from sottovoce.identity import Identity, SignedContext, TrustAnchor, new_key, signing_request
 from sottovoce.identity import Role as CertifiedRole
 from sottovoce.language.ports import RoundRequest
-from sottovoce.plan import (
-    Aggregation,
-    Counted,
-    LocalWork,
-    Plan,
-    PrivacyTerms,
-    Quantised,
-    blob_ref,
-    decode_plan,
-    digest_of,
-)
+from sottovoce.plan import Aggregation, Counted, LocalWork, Plan, PrivacyTerms, Quantised, decode_plan
 from sottovoce.secagg.client import ClientSession, ClientTerms
-from sottovoce.secagg.lanes import encode, layout_of
+from sottovoce.secagg.encoding import encode
+from sottovoce.secagg.lanes import layout_of
 from sottovoce.tensors import decode_tensors, encode_tensors
 from sottovoce.transport.base import Delivery
 from sottovoce.transport.blobs import BlobFetcher, Fetched, Subscribe, Unsubscribe
@@ -324,6 +316,13 @@ class Bench:
         """Let `devices` (all by default) check in."""
         for device in list(self.devices) if devices is None else devices:
             self.say(device, self.devices[device].check_in())
+
+    def expected_mean(self, survivors: list[str]) -> Array:
+        """What the update of these devices must come to, in float64."""
+        devices = [self.devices[name] for name in survivors]
+        weights = np.array([min(device.weight, 10) for device in devices], np.float64)
+        updates = [device.values["delta"][0].astype(np.float64) for device in devices]
+        return np.asarray(np.average(updates, axis=0, weights=weights))
 
     def wait(self, milliseconds: int) -> None:
         """Let time pass."""

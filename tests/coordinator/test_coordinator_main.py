@@ -22,10 +22,10 @@ from coordinator.requests import encode_sums
 from coordinator.settings import lock_file, read_settings
 from coordinator.terms import CohortTerms, RoundTerms
 from sottovoce.authority import create_authority, sign_request
+from sottovoce.blobs import digest_of
 from sottovoce.bundle import decode_bundle
 from sottovoce.file_lock import FileLock, is_held
 from sottovoce.language.ports import RoundRequest, RoundSums
-from sottovoce.plan import digest_of
 from sottovoce.tensors import decode_tensors, encode_tensors
 
 Run = Callable[..., tuple[int, str, str]]

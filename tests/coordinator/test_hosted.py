@@ -11,10 +11,11 @@ import pytest
 from coordinator.hosted import check_plans, hosted_program
 from coordinator.requests import plan_of
 from coordinator.task import Task, read_task
+from sottovoce.blobs import DEFAULT_CHUNK_BYTES
 from sottovoce.errors import BadBundle, ConfigError, RoundAbandoned
 from sottovoce.language.hosted import HostedProgram
 from sottovoce.language.ports import RoundSums
-from sottovoce.plan import DEFAULT_CHUNK_BYTES, Counted, Plan, Quantised
+from sottovoce.plan import Counted, Plan, Quantised
 from sottovoce.tensors import decode_tensors
 
 TASKS = Path(__file__).parents[2] / "simulation" / "tasks"

@@ -10,8 +10,8 @@ import pytest
 
 from coordinator.journal import Journal
 from coordinator.journal_rows import Ending, Opening, Result, TaskRow, Traffic
+from sottovoce.blobs import digest_of
 from sottovoce.errors import ConfigError
-from sottovoce.plan import digest_of
 
 TRAFFIC = Traffic(up={"pi-1": 10}, down={"pi-1": 20}, broadcast=7)
 ENDING = Ending(

@@ -14,9 +14,10 @@ import pytest
 from coordinator.journal import Journal
 from coordinator.requests import check_request, decode_sums, encode_sums, plan_of
 from coordinator.terms import CohortTerms, RoundTerms, Timing
+from sottovoce.blobs import canonical
 from sottovoce.errors import ConfigError
 from sottovoce.language.ports import RoundRequest, RoundSums
-from sottovoce.plan import Aggregation, LocalWork, Plan, Quantised, canonical, decode_plan
+from sottovoce.plan import Aggregation, LocalWork, Plan, Quantised, decode_plan
 from sottovoce.wire.messages import Selected
 
 Ask = Callable[..., RoundRequest]

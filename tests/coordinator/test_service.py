@@ -17,9 +17,10 @@ from cryptography import x509
 
 from coordinator.journal import Journal
 from coordinator.revocation import RevocationList
+from sottovoce.blobs import digest_of
 from sottovoce.errors import LowOrderPoint
 from sottovoce.identity import SignedContext, TrustAnchor
-from sottovoce.plan import Plan, digest_of
+from sottovoce.plan import Plan
 from sottovoce.tensors import decode_tensors, encode_tensors
 from sottovoce.transport.memory import MemoryTransport
 from sottovoce.wire.chunks import VectorChunk

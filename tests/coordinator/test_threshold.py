@@ -9,8 +9,9 @@ import pytest
 
 from coordinator.requests import SingleRound, for_everybody
 from coordinator.threshold import thresholded
+from sottovoce.blobs import blob_ref
 from sottovoce.language.ports import RoundRequest, RoundSums
-from sottovoce.plan import Aggregation, Counted, LocalWork, Plan, PrivacyTerms, Quantised, blob_ref
+from sottovoce.plan import Aggregation, Counted, LocalWork, Plan, PrivacyTerms, Quantised
 from sottovoce.tensors import decode_tensors, encode_tensors
 
 COUNTS = Aggregation(name="counts", tensors=("int32[4]",), encoding=Counted(maximum=9))

@@ -14,31 +14,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
 from edge_agent.agent import Agent
 from edge_agent.config import AgentConfig, BrokerConfig
 from edge_agent.home import Home, init_home, load_anchor, load_identity
+from edge_agent.ledger import Ledger
 from edge_agent.performer import Setup
 from edge_agent.policy import Policy
 from edge_agent.presence import last_will
 from sottovoce.authority import Authority, create_authority, open_authority, sign_request
+from sottovoce.blobs import BlobRef, blob_ref, canonical, digest_of
 from sottovoce.bundle import Bundle, decode_bundle
 from sottovoce.identity import Identity, SignedContext, TrustAnchor, new_key, signing_request
-from sottovoce.plan import (
-    Aggregation,
-    BlobRef,
-    Counted,
-    LocalWork,
-    Plan,
-    PrivacyTerms,
-    Quantised,
-    blob_ref,
-    canonical,
-    digest_of,
-)
-from sottovoce.secagg.lanes import Aggregate, decode, layout_of
+from sottovoce.plan import Aggregation, Counted, LocalWork, Plan, PrivacyTerms, Quantised
+from sottovoce.secagg.encoding import Aggregate, decode
+from sottovoce.secagg.lanes import layout_of
 from sottovoce.secagg.server import STAGE_NAMES, Reply, ServerSession
 from sottovoce.secagg.uploads import ExpectedVector
 from sottovoce.transport.base import Connected, Delivery
@@ -405,6 +398,16 @@ class World:
 
     def state_of(self, name: str) -> str:
         return type(self.agents[name].participation.state).__name__
+
+    def releases(self, name: str) -> list[tuple[int, str]]:
+        """What the ledger of a device says: round and status of each release, the newest first."""
+        with Ledger(self.homes[name].ledger) as ledger:
+            return [(row.round, row.status) for row in ledger.rows()]
+
+    def slow_training(self) -> None:
+        """Ask for 200 batches instead of 6."""
+        work = LocalWork(epochs=20, batch_size=2)
+        self.coordinator.plan = msgspec.structs.replace(self.coordinator.plan, work=work)
 
     def run_rendezvous(self, devices: list[str]) -> Aggregate:
         """Take ready devices through a whole rendezvous."""

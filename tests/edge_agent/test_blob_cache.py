@@ -7,8 +7,8 @@ import os
 import pytest
 
 from edge_agent.blobs import BlobCache
+from sottovoce.blobs import digest_of
 from sottovoce.errors import BadBlob
-from sottovoce.plan import digest_of
 
 
 def put(cache: BlobCache, content: bytes, *, at_s: int | None = None) -> bytes:

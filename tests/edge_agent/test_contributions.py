@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from edge_agent.contributions import bounded
-from sottovoce.plan import Aggregation, Counted, LocalWork, Plan, PrivacyTerms, Quantised, blob_ref, check_plan
+from sottovoce.blobs import blob_ref
+from sottovoce.plan import Aggregation, Counted, LocalWork, Plan, PrivacyTerms, Quantised, check_plan
 
 COUNTS = Aggregation(name="counts", tensors=("int32[2,3]",), encoding=Counted(maximum=9), entries=3)
 DEVICES = Aggregation(

@@ -19,8 +19,9 @@ from edge_agent.home import Home, load_identity
 from edge_agent.latest import keep_latest
 from edge_agent.ledger import Ledger, Release
 from sottovoce.authority import Authority, create_authority, sign_request
+from sottovoce.blobs import blob_ref, digest_of
 from sottovoce.bundle import ClientState, Port, decode_bundle, encode_bundle
-from sottovoce.plan import LocalWork, Plan, PrivacyTerms, blob_ref, digest_of
+from sottovoce.plan import LocalWork, Plan, PrivacyTerms
 from sottovoce.tensors import decode_tensors, encode_tensors
 
 BUNDLE = Path(__file__).parents[2] / "simulation" / "bundles" / "digits.svp"

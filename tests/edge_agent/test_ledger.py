@@ -12,8 +12,9 @@ import msgspec
 import pytest
 
 from edge_agent.ledger import Ledger, Release
+from sottovoce.blobs import blob_ref
 from sottovoce.errors import ConfigError, LocalProtocolError, PolicyRefusal, Replayed
-from sottovoce.plan import LocalWork, ParticipationTerms, Plan, PrivacyTerms, blob_ref
+from sottovoce.plan import LocalWork, ParticipationTerms, Plan, PrivacyTerms
 
 RELEASE = Release(
     at_unix_s=1_800_000_000.5,

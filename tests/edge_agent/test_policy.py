@@ -4,6 +4,7 @@ import msgspec
 import pytest
 
 from edge_agent.policy import Policy, check_participation, check_plan, client_terms
+from sottovoce.blobs import blob_ref
 from sottovoce.errors import ConfigError, PolicyRefusal
 from sottovoce.plan import (
     Aggregation,
@@ -14,7 +15,6 @@ from sottovoce.plan import (
     Plan,
     PrivacyTerms,
     Quantised,
-    blob_ref,
 )
 from sottovoce.sketches import WordSketch
 

@@ -1,4 +1,4 @@
-"""The parts that no whole round shows well: the clock, the latest states, fetching, fragments, the documented table."""
+"""Parts that no whole round shows well: clock, processor, latest states, fetching, fragments, the documented table."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ import pytest
 from edge_agent.agent import Clock
 from edge_agent.effects import Contribution
 from edge_agent.evidence import MOST_FILES, keep_evidence
+from edge_agent.hardware import has_fast_aes
 from edge_agent.latest import keep_latest, read_latest
 from edge_agent.library import Library
 from edge_agent.steps import STEPS
 from edge_agent.verification import Verifier
+from sottovoce.blobs import blob_ref
 from sottovoce.errors import BadBlob, BadCertificate, MalformedMessage, ProgramError
-from sottovoce.plan import blob_ref
 from sottovoce.transport.base import Delivery
 from sottovoce.transport.memory import MemoryBroker, MemoryTransport
 from sottovoce.wire.chunks import fragments
@@ -257,3 +258,11 @@ def test_nobody_moves_this_devices_time_beyond_the_certificate(
     envelope = coordinator.seal(outcome_of(motionless_world, now_ms=now_ms), "all")
     with pytest.raises((BadCertificate, MalformedMessage)):
         verifier.open(coordinator.topics.outcome(), envelope, at=motionless_world.at)
+
+
+@pytest.mark.parametrize(
+    ("cpu", "fast"),
+    [("flags\t: fpu aes sse2\n", True), ("Features\t: fp asimd aes\n", True), ("Features : fp\nmodel: aes\n", False)],
+)
+def test_aes_instructions_are_recognised(cpu: str, fast: bool) -> None:
+    assert has_fast_aes(cpu) is fast

@@ -14,8 +14,9 @@ import pytest
 from edge_agent.examples import ExampleStore
 from edge_agent.published import MOST_PLANS, Published, keep_published, read_published
 from edge_agent.suggestions import PRIOR, last_word, newest_table, own_pairs, suggest
+from sottovoce.blobs import blob_ref, canonical
 from sottovoce.errors import ConfigError
-from sottovoce.plan import Aggregation, Counted, Extraction, LocalWork, Plan, PrivacyTerms, blob_ref, canonical
+from sottovoce.plan import Aggregation, Counted, Extraction, LocalWork, Plan, PrivacyTerms
 from sottovoce.tensors import encode_tensors
 
 FIRST, SECOND = ("come", "il"), ("sole", "stai", "va")

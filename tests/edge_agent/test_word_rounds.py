@@ -12,18 +12,10 @@ import pytest
 
 from edge_agent.__main__ import main
 from edge_agent.published import PUBLISHED_FOLDER, read_published
+from sottovoce.blobs import blob_ref
 from sottovoce.bundle import decode_bundle
 from sottovoce.language.counting import counting_program
-from sottovoce.plan import (
-    Aggregation,
-    Counted,
-    Extraction,
-    LocalWork,
-    ParticipationTerms,
-    Plan,
-    PrivacyTerms,
-    blob_ref,
-)
+from sottovoce.plan import Aggregation, Counted, Extraction, LocalWork, ParticipationTerms, Plan, PrivacyTerms
 from sottovoce.tensors import encode_tensors
 from sottovoce.types import Array
 from sottovoce.wire.messages import CheckIn, Withdraw

@@ -15,7 +15,7 @@ import pytest
 from simulation.datasets import Examples, device_names
 from simulation.process_fleet import peak_rss_mb
 from simulation.trial import Trial, read_files
-from sottovoce.plan import digest_of
+from sottovoce.blobs import digest_of
 from sottovoce.tensors import decode_tensors
 from sottovoce.types import Array
 

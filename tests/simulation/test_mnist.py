@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from simulation.datasets import mnist
 from simulation.learning_runs import BUNDLES
-from simulation.mnist import Goal, Line, Setting, first_model, main, mnist, train
+from simulation.mnist import Goal, Line, Setting, first_model, main, train
 from sottovoce.bundle import read_bundle
 from sottovoce.errors import ConfigError
 from sottovoce.tensors import decode_tensors

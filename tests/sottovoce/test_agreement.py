@@ -10,18 +10,10 @@ import numpy as np
 import pytest
 
 from sottovoce.agreement import check_aggregations, check_broadcast, check_extraction
+from sottovoce.blobs import blob_ref
 from sottovoce.bundle import Bundle, Port, read_bundle
 from sottovoce.errors import BadBundle, ProgramError
-from sottovoce.plan import (
-    Aggregation,
-    Counted,
-    Extraction,
-    LocalWork,
-    Plan,
-    PrivacyTerms,
-    Quantised,
-    blob_ref,
-)
+from sottovoce.plan import Aggregation, Counted, Extraction, LocalWork, Plan, PrivacyTerms, Quantised
 from sottovoce.sketches import WordSketch
 from sottovoce.tensors import decode_tensors
 

@@ -9,6 +9,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from sottovoce.blobs import digest_of
 from sottovoce.bundle import (
     MAX_CLIENT_STATE_BYTES,
     Bundle,
@@ -21,7 +22,6 @@ from sottovoce.bundle import (
     read_bundle,
 )
 from sottovoce.errors import BadBundle, ConfigError
-from sottovoce.plan import digest_of
 from sottovoce.tensors import encode_tensors
 
 DIGITS = Path(__file__).resolve().parents[2] / "simulation" / "bundles" / "digits.svp"

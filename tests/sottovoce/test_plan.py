@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from sottovoce.blobs import blob_ref, canonical
 from sottovoce.errors import ConfigError
 from sottovoce.plan import (
     MAX_VOCABULARY,
@@ -18,8 +19,6 @@ from sottovoce.plan import (
     Plan,
     PrivacyTerms,
     Quantised,
-    blob_ref,
-    canonical,
     check_plan,
     decode_plan,
 )

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from sottovoce.__main__ import main
-from sottovoce.plan import digest_of
+from sottovoce.blobs import digest_of
 
 BUNDLES = Path(__file__).parents[2] / "simulation" / "bundles"
 

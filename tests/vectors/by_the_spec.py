@@ -1,8 +1,8 @@
 """docs/SPEC.md written a second time, slowly, without numpy and without importing anything of sottovoce.
 
 The vectors beside this file come from here, and so does the minimal device (`spec_device.py`): both sides of every
-comparison are then written by different hands. The section numbers are the SPEC's. Nothing here is fast or constant
-time; it is for tests.
+comparison are then written by different hands. Shares and the vector have modules of their own, `shares_by_the_spec.py`
+and `vector_by_the_spec.py`. The section numbers are the SPEC's. Nothing here is fast or constant time; it is for tests.
 """
 
 from __future__ import annotations
@@ -207,57 +207,6 @@ def points(root: bytes, *, n: int, k: int) -> list[int]:
     return [order.index(position) + 1 for position in range(n)]
 
 
-@dataclass(frozen=True)
-class Segment:
-    """A run of entries of `width` bits: each `word` bytes in memory from `start`, packed on the wire."""
-
-    width: int
-    count: int
-    start: int
-
-    @property
-    def word(self) -> int:
-        return 2 if self.width <= 16 else 4 if self.width <= 32 else 8
-
-    @property
-    def stop(self) -> int:
-        return self.start + self.count * self.word
-
-
-def segments(parameters: Parameters) -> list[Segment]:
-    on_wire = sum(width * count // 8 for width, count in parameters["packed"])
-    narrow = parameters["vector_bytes"] - parameters["wide_bytes"] - on_wire
-    found: list[Segment] = []
-    for width, count in (*parameters["packed"], (32, narrow // 4), (64, parameters["wide_bytes"] // 8)):
-        found.append(Segment(width, count, found[-1].stop if found else 0))
-    return found
-
-
-def memory_bytes(parameters: Parameters) -> int:
-    return segments(parameters)[-1].stop
-
-
-def packed_vector(parameters: Parameters, vector: bytes) -> bytes:
-    """The form on the wire of a vector as it lies in memory."""
-    wire = b""
-    for part in segments(parameters):
-        entries = words(vector[part.start : part.stop], part.word)
-        number = sum(entry % 2**part.width << part.width * index for index, entry in enumerate(entries))
-        wire += number.to_bytes(part.width * part.count // 8, "little")
-    return wire
-
-
-def unpacked_vector(parameters: Parameters, wire: bytes) -> bytes:
-    """The form in memory of a vector as it came from the wire."""
-    vector, at = b"", 0
-    for part in segments(parameters):
-        length = part.width * part.count // 8
-        number, at = int.from_bytes(wire[at : at + length], "little"), at + length
-        for index in range(part.count):
-            vector += (number >> part.width * index & 2**part.width - 1).to_bytes(part.word, "little")
-    return vector
-
-
 # --- 4 the stages -----------------------------------------------------------------------------------------------------
 
 
@@ -389,16 +338,6 @@ def words(content: bytes, width: int) -> list[int]:
     return [int.from_bytes(content[at : at + width], "little") for at in range(0, len(content), width)]
 
 
-def combined(parameters: Parameters, vector: bytes, other: bytes, sign_: int) -> bytes:
-    """`vector + sign_ * other`, both as they lie in memory, each entry modulo 2 to its width."""
-    result = b""
-    for part in segments(parameters):
-        ours, theirs = words(vector[part.start : part.stop], part.word), words(other[part.start : part.stop], part.word)
-        values = [(a + sign_ * b) % 2**part.width for a, b in zip(ours, theirs, strict=True)]
-        result += b"".join(value.to_bytes(part.word, "little") for value in values)
-    return result
-
-
 def chunk_payload(session: bytes, index: int, content: bytes) -> bytes:
     """What carries one chunk of a masked vector."""
     return session + u64(index) + content
@@ -409,116 +348,3 @@ def tagged(vector: bytes, chunk_bytes: int, key: bytes) -> dict[str, Any]:
     chunks = [vector[at : at + chunk_bytes] for at in range(0, len(vector), chunk_bytes)]
     tags = [ChaCha20Poly1305(key).encrypt(u32(index, 0, 0), b"", chunk) for index, chunk in enumerate(chunks)]
     return {"size": len(vector), "chunk_bytes": chunk_bytes, "tags": b"".join(tags)}
-
-
-# --- 5 shares ---------------------------------------------------------------------------------------------------------
-
-PRIME, LIMBS = 65521, 18
-
-
-def limbs(secret: bytes) -> list[int]:
-    number = int.from_bytes(secret, "little")
-    return [number >> 15 * index & 0x7FFF for index in range(LIMBS)]
-
-
-def from_limbs(values: Sequence[int]) -> bytes:
-    number = sum(value << 15 * index for index, value in enumerate(values))
-    if any(value >= 2**15 for value in values) or number >= 2**256:
-        raise Refused("a rebuilt limb or pad bit is out of range")
-    return number.to_bytes(32, "little")
-
-
-def coefficients(count: int, entropy: Entropy) -> list[int]:
-    """Uniform values below the prime: 16-bit words, those too large drawn again, all missing ones at once."""
-    drawn: list[int] = []
-    while len(drawn) < count:
-        drawn += [word for word in words(entropy(2 * (count - len(drawn))), 2) if word < PRIME]
-    return drawn
-
-
-def split(secrets: Sequence[bytes], *, points: Sequence[int], t: int, entropy: Entropy) -> list[list[bytes]]:
-    """Shares[point][secret]. Coefficients are drawn power by power, within one power secret by secret, limb by limb."""
-    constants = [limb for secret in secrets for limb in limbs(secret)]
-    higher = coefficients((t - 1) * len(constants), entropy)
-    rows = [constants, *(higher[at : at + len(constants)] for at in range(0, len(higher), len(constants)))]
-    shares = []
-    for x in points:
-        values = [
-            sum(row[column] * pow(x, power, PRIME) for power, row in enumerate(rows)) % PRIME
-            for column in range(len(constants))
-        ]
-        content = [struct.pack(f"<{LIMBS}H", *values[at : at + LIMBS]) for at in range(0, len(values), LIMBS)]
-        shares.append(content)
-    return shares
-
-
-def rebuild(shares: Mapping[int, bytes]) -> bytes:
-    """The secret from exactly t shares by point."""
-    return from_limbs(interpolated(shares))
-
-
-def interpolated(shares: Mapping[int, bytes]) -> list[int]:
-    values = [0] * LIMBS
-    for x, content in shares.items():
-        weight = 1
-        for other in shares:
-            if other != x:
-                weight = weight * other * pow(other - x, -1, PRIME) % PRIME
-        for index, value in enumerate(words(content, 2)):
-            values[index] = (values[index] + weight * value) % PRIME
-    return values
-
-
-# --- 6 the vector -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Lane:
-    """One aggregation: how many entries, the largest of one device, and its lane."""
-
-    lane: str
-    count: int
-    maximum: int
-
-
-def dense_width(lane: Lane, maximum_clients: int) -> int:
-    return 16 if lane.lane == "uint16" else (maximum_clients * lane.maximum).bit_length()
-
-
-def layout(lanes: Sequence[Lane], maximum_clients: int) -> dict[str, Any]:
-    """The three parameters that describe the vector."""
-    packed_ = [
-        [dense_width(lane, maximum_clients), -(-lane.count // 64) * 64]
-        for lane in lanes
-        if lane.lane in ("uint16", "dense")
-    ]
-    narrow = -(-4 * sum(lane.count for lane in lanes if lane.lane == "uint32") // 8) * 8
-    wide = sum(
-        -(-lane.count // 3) if lane.lane == "3x21" else lane.count for lane in lanes if lane.lane in ("3x21", "uint64")
-    )
-    wide_bytes = 8 * (wide + 2)
-    on_wire = sum(width * count // 8 for width, count in packed_)
-    return {"vector_bytes": on_wire + narrow + wide_bytes, "wide_bytes": wide_bytes, "packed": packed_}
-
-
-def laid_out(
-    lanes: Sequence[Lane], entries: Sequence[Sequence[int]], *, weight: int, clamped: int, maximum_clients: int
-) -> bytes:
-    """The plain vector as it lies in memory."""
-    given = list(zip(lanes, entries, strict=True))
-    packed_ = b""
-    for lane, values in given:
-        if lane.lane in ("uint16", "dense"):
-            word = 2 if dense_width(lane, maximum_clients) <= 16 else 4
-            row = b"".join(value.to_bytes(word, "little") for value in values)
-            packed_ += row + bytes(word * (-lane.count % 64))
-    narrow = b"".join(u32(*values) for lane, values in given if lane.lane == "uint32")
-    narrow += bytes(-len(narrow) % 8)
-    thirds = [
-        u64(sum(value << 21 * place for place, value in enumerate(values[at : at + 3])))
-        for lane, values in given
-        if lane.lane == "3x21"
-        for at in range(0, lane.count, 3)
-    ]
-    wide = b"".join(u64(*values) for lane, values in given if lane.lane == "uint64")
-    return packed_ + narrow + b"".join(thirds) + wide + u64(weight, clamped)

@@ -9,6 +9,8 @@ from typing import Any
 
 import by_the_spec as spec
 import msgspec
+import shares_by_the_spec as share_spec
+import vector_by_the_spec as vector_spec
 from by_the_spec import Agreement, Fields, Signer
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
@@ -164,7 +166,7 @@ def play(name: str, comment: str, *, count: int, drops: dict[str, str] | None = 
 def _plain_vector(agreed: Agreement, name: str) -> bytes:
     """Small entries, but for the first of each segment, which is as large as an entry can be: sums wrap around."""
     entropy, vector = FixedEntropy("vector " + name), b""
-    for part in spec.segments(agreed.parameters):
+    for part in vector_spec.segments(agreed.parameters):
         entries = [2**part.width - 1] + [byte % 2**part.width for byte in entropy(part.count)[1:]]
         vector += b"".join(entry.to_bytes(part.word, "little") for entry in entries[: part.count])
     return vector
@@ -267,27 +269,27 @@ class _Conductor:
     def _unmask(self) -> None:
         """Rebuild every secret from the first t answers and take the masks off."""
         agreed, transcript = self.agreed, self.transcript
-        cipher, length = agreed.parameters["cipher"], spec.memory_bytes(agreed.parameters)
+        cipher, length = agreed.parameters["cipher"], vector_spec.memory_bytes(agreed.parameters)
         total = bytes(length)
         for position in transcript.survivors:
-            masked = spec.unpacked_vector(agreed.parameters, self.members[position].vector)
-            total = spec.combined(agreed.parameters, total, masked, 1)
+            masked = vector_spec.unpacked_vector(agreed.parameters, self.members[position].vector)
+            total = vector_spec.combined(agreed.parameters, total, masked, 1)
         given = transcript.exchanges[-1].answers
         answering = [p for p in self.asked if self.members[p].signer.name in given][: self.t]
         answers = {p: transcript.shares_given(self.members[p].signer.name) for p in answering}
         for position in transcript.survivors:
-            seed = spec.rebuild({p + 1: shares[position] for p, shares in answers.items()})
+            seed = share_spec.rebuild({p + 1: shares[position] for p, shares in answers.items()})
             key = spec.self_mask_key(seed, self.members[position].signer.name, cipher, session=self.session)
-            total = spec.combined(agreed.parameters, total, spec.stream(cipher, key, length), -1)
+            total = vector_spec.combined(agreed.parameters, total, spec.stream(cipher, key, length), -1)
         for position in set(self.shared) - set(transcript.survivors):
-            secret = spec.rebuild({p + 1: shares[position] for p, shares in answers.items()})
+            secret = share_spec.rebuild({p + 1: shares[position] for p, shares in answers.items()})
             for other in transcript.survivors:
                 low, high = sorted((position, other))
                 names = self.members[low].signer.name, self.members[high].signer.name
                 shared = spec.agreed(secret, spec.public_key(self.members[other].mask))
                 key = spec.pairwise_mask_key(shared, *names, cipher, session=self.session)
                 sign = -1 if other == low else 1
-                total = spec.combined(agreed.parameters, total, spec.stream(cipher, key, length), sign)
+                total = vector_spec.combined(agreed.parameters, total, spec.stream(cipher, key, length), sign)
         transcript.total = total
 
     def _tokens_for(self, recipient: int) -> bytes:

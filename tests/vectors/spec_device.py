@@ -12,6 +12,8 @@ from typing import Any
 
 import by_the_spec as spec
 import msgspec
+import shares_by_the_spec as share_spec
+import vector_by_the_spec as vector_spec
 from by_the_spec import Agreement, Entropy, Fields, Refused, Signer
 
 
@@ -103,7 +105,7 @@ class SpecDevice:
         self.seed = self.entropy(32)
         x = spec.points(root, n=n, k=k)
         holders = sorted([*around, self.position]) if complete else around
-        rows = spec.split([self.seed, self.mask], points=[x[p] for p in holders], t=t, entropy=self.entropy)
+        rows = share_spec.split([self.seed, self.mask], points=[x[p] for p in holders], t=t, entropy=self.entropy)
         shares = dict(zip(holders, rows, strict=True))
         self.own_share = shares[self.position][0] if complete else b""
         ciphertexts = [
@@ -123,7 +125,7 @@ class SpecDevice:
             raise Refused("not one ciphertext of every sender")
         given = zip(senders, incoming, strict=True)
         held = {p: spec.decrypt(self._share_key(p), content, session=self.session) for p, content in given}
-        if any(max(spec.words(shares, 2)) >= spec.PRIME for shares in held.values()):
+        if any(max(spec.words(shares, 2)) >= share_spec.PRIME for shares in held.values()):
             raise Refused("a share out of range")
         self.held = held
         parameters, cipher = self.agreement.parameters, self.agreement.parameters["cipher"]
@@ -135,7 +137,7 @@ class SpecDevice:
             names = (self.signer.name, peer.device) if lower else (peer.device, self.signer.name)
             secret = spec.agreed(self.mask, peer.mask_key)
             self._add(spec.pairwise_mask_key(secret, *names, cipher, session=self.session), 1 if lower else -1)
-        self.vector = spec.packed_vector(parameters, self.vector)
+        self.vector = vector_spec.packed_vector(parameters, self.vector)
         active = parameters["mode"] == "active"
         tokens = [self._token(position, outgoing=True) for position in self.held] if active else []
         return [spec.tagged(self.vector, self.chunk_bytes, self.upload_key()), b"".join(tokens)]
@@ -219,8 +221,8 @@ class SpecDevice:
 
     def _add(self, key: bytes, sign: int) -> None:
         parameters: Mapping[str, Any] = self.agreement.parameters
-        mask = spec.stream(parameters["cipher"], key, spec.memory_bytes(parameters))
-        self.vector = spec.combined(parameters, self.vector, mask, sign)
+        mask = spec.stream(parameters["cipher"], key, vector_spec.memory_bytes(parameters))
+        self.vector = vector_spec.combined(parameters, self.vector, mask, sign)
 
     def _sealed(self, name: str, fields: Fields) -> bytes:
         session = spec.NO_SESSION if name == "AdvertiseKeys" else self.session

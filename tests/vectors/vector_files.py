@@ -11,7 +11,10 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import refusals_of_devices
+import refusals_of_the_coordinator
 import transcript_files
+import vectors_of_envelopes
 import vectors_of_parts
 from fleet_by_the_spec import AUTHORITY
 from vector import Vector
@@ -21,7 +24,8 @@ Json = Mapping[str, Any]
 
 def files() -> dict[str, str]:
     """Every file's text by its name."""
-    parts = vectors_of_parts.FILES | transcript_files.REFUSALS
+    modules = (vectors_of_envelopes, vectors_of_parts, refusals_of_devices, refusals_of_the_coordinator)
+    parts = {name: part for module in modules for name, part in module.FILES.items()}
     made = {f"{name}.json": _text(_numbered(name, title, vectors())) for name, (title, vectors) in parts.items()}
     sessions = {f"{name}.json": _text(content) for name, content in transcript_files.transcripts().items()}
     return made | sessions

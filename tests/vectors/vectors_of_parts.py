@@ -1,31 +1,21 @@
-"""Vectors of everything but whole sessions: hashes, envelopes, certificates, keys, shares, streams, lanes, graph."""
+"""Vectors of all that a session is made of: hashes, keys, shares, streams, lanes, graph."""
 
 from __future__ import annotations
 
-import datetime
 from collections.abc import Iterator
 from typing import Any
 
 import by_the_spec as spec
-import msgspec
-from by_the_spec import Context, Lane
+import shares_by_the_spec as share_spec
+import vector_by_the_spec as vector_spec
 from fleet_by_the_spec import (
-    AT,
-    AUTHORITY,
-    AUTHORITY_KEY,
-    AUTHORITY_NAME,
-    CONDUCTOR,
-    COORDINATOR,
-    FLEET,
     FixedEntropy,
     agreement,
-    certificate,
-    key_of,
     parameters,
     signer,
-    subject,
 )  # fmt: skip
 from vector import Vector
+from vector_by_the_spec import Lane
 
 SESSION = spec.sha256(b"a session")
 SHORT, LONG = spec.sha256(b"one secret"), b"\xff" * 32
@@ -64,104 +54,6 @@ def hash_vectors() -> Iterator[Vector]:
 def _agreement_of(agreed: spec.Agreement) -> dict[str, Any]:
     names = ("fleet", "coordinator", "round", "attempt", "plan", "state", "parameters", "upload_key")
     return {name: getattr(agreed, name) for name in names}
-
-
-def envelope_vectors() -> Iterator[Vector]:
-    device, agreed = signer("pi-1"), agreement()
-    context, fields = agreed.context("pi-1", session=SESSION), [b"d" * 32]
-    body = spec.packed(fields)
-    good = spec.envelope("SurvivorsSignature", fields, device, context)
-    parts: list[Any] = msgspec.msgpack.decode(good)
-    holder = {"certificate": device.certificate}
-    content = spec.signed_bytes("SurvivorsSignature", context, device.fingerprint, body)
-    yield Vector("open", "a signed message", {"payload": good} | holder, body, also={"signed": content})
-    request = Context(COORDINATOR, "pi-1", FLEET, 7, 1)
-    payload = spec.envelope("SurvivorsRequest", [[0, 1, 300]], CONDUCTOR, request)
-    yield Vector(
-        "open", "a request", {"payload": payload, "certificate": CONDUCTOR.certificate}, spec.packed([[0, 1, 300]])
-    )
-
-    def changed(comment: str, error: str, flag: str, **changes: Any) -> Vector:
-        altered = [changes.get(f"at{index}", part) for index, part in enumerate(parts)] + changes.get("more", [])
-        return Vector("open", comment, {"payload": spec.packed(altered)} | holder, error=error, flags=(flag,))
-
-    r, s = parts[10][:32], parts[10][32:]
-    other_s = (spec.ORDER - int.from_bytes(s, "big")).to_bytes(32, "big")
-    high, zero = "HighS", bytes(32)
-    yield changed("s in the upper half", "BadSignature", high, at10=r + other_s)
-    for comment, signature in {
-        "r is zero": zero + s, "s is zero": r + zero, "r is the order": spec.ORDER.to_bytes(32, "big") + s,
-        "r and s swapped": s + r, "one bit of r": bytes([r[0] ^ 1]) + r[1:] + s,
-    }.items():  # fmt: skip
-        yield changed(comment, "BadSignature", "Signature", at10=signature)
-    for index, name in enumerate(("sender", "recipient", "fleet", "round", "attempt", "session"), 2):
-        other = {"round": 8, "attempt": 2, "session": bytes(32)}.get(name, "another")
-        error = "MalformedMessage" if name in ("sender", "fleet") else "BadSignature"
-        yield changed(f"{name} changed after signing", error, "Context", **{f"at{index}": other})
-    yield changed("body changed after signing", "BadSignature", "Context", at9=spec.packed([b"e" * 32]))
-    yield changed("fingerprint of another certificate", "MalformedMessage", "Context", at8=CONDUCTOR.fingerprint)
-    yield changed("renamed after signing", "BadSignature", "Context", at1="ShareKeys")
-    malformed: dict[str, dict[str, Any]] = {
-        "version 2": {"at0": 2}, "an unknown message": {"at1": "Nonsense"}, "a field too many": {"more": [b""]},
-        "a slash in a name": {"at2": "pi/1"}, "an empty name": {"at3": ""}, "a name of 65": {"at2": "p" * 65},
-        "a negative round": {"at5": -1}, "a round of 2^63": {"at5": 2**63}, "an attempt of 2^31": {"at6": 2**31},
-        "a session of 31 bytes": {"at7": bytes(31)}, "a fingerprint of 33 bytes": {"at8": bytes(33)},
-        "a signature of 63 bytes": {"at10": r + s[1:]}, "a signature of 65 bytes": {"at10": r + s + b"\0"},
-        "text where bytes belong": {"at9": "text"}, "a number where a name belongs": {"at2": 1},
-    }  # fmt: skip
-    for comment, changes in malformed.items():
-        yield changed(comment, "MalformedMessage", "Malformed", **changes)
-    for comment, payload in {
-        "no bytes": b"", "cut short": good[:-1], "one byte more": good + b"\0", "a map": spec.packed({"version": 1}),
-        "ten fields": spec.packed(parts[:10]), "not MessagePack": b"\xc1" * 40,
-    }.items():  # fmt: skip
-        yield Vector("open", comment, {"payload": payload} | holder, error="MalformedMessage", flags=("Malformed",))
-    bodies: dict[str, tuple[str, Any]] = {
-        "a body with a field too many": ("SurvivorsSignature", [b"d" * 32, 1]),
-        "a body with a field too few": ("SurvivorsSignature", []),
-        "a body of the wrong type": ("SurvivorsSignature", ["text"]),
-        "a body that is a map": ("SurvivorsSignature", {"survivors": b"d" * 32}),
-        "a request, from a device": ("SurvivorsRequest", [[0]]),
-        "a vector without the tags of its chunks": ("MaskedInput", [{"size": 40, "chunk_bytes": 16, "tags": b""}]),
-        "a vector with a tag too many": ("MaskedInput", [{"size": 40, "chunk_bytes": 16, "tags": bytes(64)}]),
-        "a vector in chunks of nothing": ("MaskedInput", [{"size": 40, "chunk_bytes": 0, "tags": bytes(16)}]),
-        "a vector with a digest": (
-            "MaskedInput", [{"digest": zero, "size": 40, "chunk_bytes": 16, "chunk_digests": bytes(96), "sources": []}]
-        ),
-    }  # fmt: skip
-    for comment, (name, given) in bodies.items():
-        payload = spec.envelope(name, given, device, context)
-        yield Vector("open", comment, {"payload": payload} | holder, error="MalformedMessage", flags=("Body",))
-
-
-def certificate_vectors() -> Iterator[Vector]:
-    at = int(AT.timestamp())
-    base = {"authority": AUTHORITY, "fleet": FLEET, "at": at, "role": "device"}
-    device = signer("pi-1")
-    key = device.key
-    yield Vector("certificate", "a device of the fleet", base | {"certificate": device.certificate}, "pi-1")
-
-    def made(holder: Any, *, issuer: Any = AUTHORITY_NAME, by: Any = AUTHORITY_KEY, **changes: Any) -> bytes:
-        return certificate(holder, key, issuer=issuer, by=by, **changes)
-
-    expired = datetime.datetime(2026, 11, 30, tzinfo=datetime.UTC)
-    refused = {
-        "expired": made(subject("pi-1", "device"), after=expired),
-        "of another CA with the same name": made(subject("pi-1", "device"), by=key_of("impostor")),
-        "of another fleet": made(subject("pi-1", "device", "quartet")),
-        "with a name that cannot stand in a topic": made(subject("pi/1", "device")),
-        "with an unknown role": made(subject("pi-1", "auditor")),
-        "the coordinator's, where a device's is wanted": CONDUCTOR.certificate,
-        "the CA's own": AUTHORITY,
-        "cut short": device.certificate[:-1],
-        "signed by another device": made(
-            subject("pi-1", "device"), issuer=subject("pi-2", "device"), by=key_of("pi-2")
-        ),
-    }
-    for comment, content in refused.items():
-        yield Vector(
-            "certificate", comment, base | {"certificate": content}, error="BadCertificate", flags=("Certificate",)
-        )
 
 
 _P = 2**255 - 19
@@ -280,8 +172,8 @@ def _ciphertexts(secret: bytes) -> Iterator[Vector]:
 
 def share_vectors() -> Iterator[Vector]:
     for secret in (bytes(32), SHORT, LONG):
-        yield Vector("limbs", "lowest first", {"secret": secret}, spec.limbs(secret))
-        yield Vector("join_limbs", "and back", {"limbs": spec.limbs(secret)}, secret)
+        yield Vector("limbs", "lowest first", {"secret": secret}, share_spec.limbs(secret))
+        yield Vector("join_limbs", "and back", {"limbs": share_spec.limbs(secret)}, secret)
     for comment, index, value in (
         ("a limb of 2^15", 0, 2**15), ("the largest field element", 3, 65520), ("the last limb of 2^15", 17, 2**15),
         ("the lowest pad bit", 17, 2), ("the highest pad bit", 17, 2**14),
@@ -307,7 +199,7 @@ def share_vectors() -> Iterator[Vector]:
 
 def _split(comment: str, secrets: list[bytes], x: list[int], t: int, entropy: bytes) -> Vector:
     drawn = _Replayed(entropy)
-    shares = spec.split(secrets, points=x, t=t, entropy=drawn)
+    shares = share_spec.split(secrets, points=x, t=t, entropy=drawn)
     inputs = {"secrets": secrets, "points": x, "threshold": t, "entropy": entropy[: drawn.at]}
     return Vector("split", comment, inputs, shares)
 
@@ -336,11 +228,11 @@ def _splits(count: int, threshold: int) -> Iterator[Vector]:
 def _wrong_shares(shares: dict[int, bytes]) -> Iterator[Vector]:
     """The last share changed: the limb comes out of range, or it gives another secret."""
     last, wanted = max(shares), {"BadShare", None}
-    for change in range(1, spec.PRIME):
-        value = (int.from_bytes(shares[last][:2], "little") + change) % spec.PRIME
+    for change in range(1, share_spec.PRIME):
+        value = (int.from_bytes(shares[last][:2], "little") + change) % share_spec.PRIME
         wrong = shares | {last: value.to_bytes(2, "little") + shares[last][2:]}
         try:
-            came, error, comment = spec.rebuild(wrong), None, "a wrong share: only a commitment tells that it is"
+            came, error, comment = share_spec.rebuild(wrong), None, "a wrong share: only a commitment tells that it is"
         except spec.Refused:
             came, error, comment = b"", "BadShare", "a wrong share: the rebuilt limb is out of range"
         if error in wanted:
@@ -366,13 +258,13 @@ def mask_vectors() -> Iterator[Vector]:
         key = spec.sha256(cipher.encode())[: spec.KEY_BYTES[cipher]]
         for shape in SHAPES:
             settings = parameters(cipher=cipher, **shape)
-            length = spec.memory_bytes(settings)
+            length = vector_spec.memory_bytes(settings)
             vector = FixedEntropy(f"vector of {length}")(length)
-            masked = spec.combined(settings, vector, spec.stream(cipher, key, length), 1)
+            masked = vector_spec.combined(settings, vector, spec.stream(cipher, key, length), 1)
             inputs = {"parameters": settings, "key": key, "vector": vector}
             also = {"stream": spec.stream(cipher, key, length), "in_memory": masked}
             comment = f"{cipher}, {len(settings['packed'])} packed segments"
-            yield Vector("mask", comment, inputs, spec.packed_vector(settings, masked), also=also)
+            yield Vector("mask", comment, inputs, vector_spec.packed_vector(settings, masked), also=also)
 
 
 def lane_vectors() -> Iterator[Vector]:
@@ -392,10 +284,10 @@ def lane_vectors() -> Iterator[Vector]:
             [lane.maximum, *(byte % (lane.maximum + 1) for byte in entropy(lane.count)[1:])][: lane.count]
             for lane in lanes
         ]
-        shape = spec.layout(lanes, 100)
-        memory = spec.laid_out(lanes, entries, weight=3, clamped=0, maximum_clients=100)
+        shape = vector_spec.layout(lanes, 100)
+        memory = vector_spec.laid_out(lanes, entries, weight=3, clamped=0, maximum_clients=100)
         inputs = {"maximum_clients": 100, "lanes": rows, "entries": entries, "weight": 3, "weight_cap": 50}
-        also = {"on_the_wire": spec.packed_vector(shape, memory)}
+        also = {"on_the_wire": vector_spec.packed_vector(shape, memory)}
         yield Vector("lay_out", comment, inputs, shape | {"in_memory": memory}, also=also)
         yield from _sums(comment, inputs, lanes, entries)
     for lane, maximum in (("uint16", 656), ("3x21", 20972), ("uint32", 42949673), ("dense", 42949673)):
@@ -408,7 +300,7 @@ def lane_vectors() -> Iterator[Vector]:
 def _sums(comment: str, inputs: dict[str, Any], lanes: list[Lane], entries: list[list[int]]) -> Iterator[Vector]:
     def total(**changes: Any) -> dict[str, Any]:
         settings: dict[str, Any] = {"weight": 9, "clamped": 0, "maximum_clients": 100} | changes
-        return inputs | {"survivors": 3, "total": spec.laid_out(lanes, tripled, **settings)}
+        return inputs | {"survivors": 3, "total": vector_spec.laid_out(lanes, tripled, **settings)}
 
     tripled = [[3 * value for value in row] for row in entries]
     yield Vector("sum", f"{comment}, three devices", total(), {"weight": 9, "clamped": 0, "sums": tripled})
@@ -419,7 +311,10 @@ def _sums(comment: str, inputs: dict[str, Any], lanes: list[Lane], entries: list
     }.items():  # fmt: skip
         yield Vector("sum", f"{comment}: {what}", total(**changes), error="RoundAbandoned", flags=impossible)
     room = (
-        2 ** {"uint32": 32, "uint16": 16, "3x21": 21, "uint64": 64}.get(lanes[0].lane, spec.dense_width(lanes[0], 100))
+        2
+        ** {"uint32": 32, "uint16": 16, "3x21": 21, "uint64": 64}.get(
+            lanes[0].lane, vector_spec.dense_width(lanes[0], 100)
+        )
         - 1
     )
     tripled[0][0] = min(3 * lanes[0].maximum + 1, room)
@@ -476,8 +371,6 @@ _IMPOSSIBLE: tuple[dict[str, Any], ...] = (
 
 FILES = {
     "hashes": ("Hashes of section 4", hash_vectors),
-    "envelopes": ("Envelopes of section 2", envelope_vectors),
-    "certificates": ("Certificates of section 2", certificate_vectors),
     "keys": ("X25519 secrets, derived keys, tags and chunks, and share ciphertexts of section 4", key_vectors),
     "shares": ("Secret sharing of section 5", share_vectors),
     "masks": ("Mask streams of section 4", mask_vectors),

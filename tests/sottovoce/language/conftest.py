@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 
 from edge_agent.work import prepare
+from sottovoce.blobs import blob_ref
 from sottovoce.bundle import decode_bundle
 from sottovoce.language.fleet_executor import FleetExecutor
 from sottovoce.language.ports import RoundRequest, RoundSums
-from sottovoce.plan import Plan, PrivacyTerms, blob_ref, check_plan
+from sottovoce.plan import Plan, PrivacyTerms, check_plan
 from sottovoce.runtime import open_program, run_self_test
-from sottovoce.secagg.lanes import Layout, decode, encode, layout_of
+from sottovoce.secagg.encoding import decode, encode
+from sottovoce.secagg.lanes import Layout, layout_of
 from sottovoce.tensors import decode_tensors
 from sottovoce.types import Array
 

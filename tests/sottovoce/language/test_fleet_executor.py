@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import sottovoce as sv
+from sottovoce.blobs import digest_of
 from sottovoce.language.fleet_executor import FleetExecutor
-from sottovoce.plan import digest_of
 from sottovoce.tensors import decode_tensors
 
 

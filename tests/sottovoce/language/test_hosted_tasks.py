@@ -15,6 +15,7 @@ import pytest
 from sottovoce.bundle import read_bundle
 from sottovoce.errors import BadBundle, ConfigError, RoundAbandoned
 from sottovoce.language import server_optimizer
+from sottovoce.language.expressions import Terms
 from sottovoce.language.hosted import HostedProgram, SumTerms
 from sottovoce.language.hosted_tasks import hosted_sums, hosted_training
 from sottovoce.language.ports import RoundSums
@@ -39,8 +40,8 @@ OTHERS: Mapping[str, Any] = {
 
 
 def training(bundle: bytes = DIGITS, **changed: Any) -> HostedProgram:
-    terms = {"clip_norm": 5.0, "half_range": 1.0, "bits": 20, "lane": "uint32", "weight_cap": 500}
-    usual = {"rounds": 3, "work": WORK, "learning_rate": 0.25, **terms, **OTHERS}
+    terms = Terms(clip_norm=5.0, half_range=1.0, weight_cap=500, bits=20, lane="uint32")
+    usual = {"rounds": 3, "work": WORK, "terms": terms, "learning_rate": 0.25, **OTHERS}
     return hosted_training(bundle, **{**usual, **changed})
 
 
@@ -258,12 +259,12 @@ def test_a_coordinator_needs_no_tensorflow() -> None:
     code = (
         "import sys; sys.modules['tensorflow'] = None\n"
         "import pathlib\n"
+        "from sottovoce.language.expressions import Terms\n"
         "from sottovoce.language.hosted_tasks import hosted_training\n"
         "from sottovoce.plan import LocalWork\n"
         f"bundle = pathlib.Path({str(BUNDLES / 'digits.svp')!r}).read_bytes()\n"
         "program = hosted_training(bundle, name='a', purpose='b', collection='c', rounds=1, work=LocalWork(),\n"
-        "    clip_norm=1.0, half_range=1.0, bits=16, lane='uint32', weight_cap=10, largest_cohort=3,\n"
-        "    learning_rate=None)\n"
+        "    terms=Terms(1.0, 1.0, 10, 16, 'uint32'), largest_cohort=3, learning_rate=None)\n"
         "print(len(program.request_at(0, program.first_state).aggregations))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -11,6 +11,7 @@ import pytest
 
 import simulation
 from simulation.datasets import DividedData, digits
+from sottovoce.blobs import blob_ref
 from sottovoce.bundle import Bundle, read_bundle, with_initial
 from sottovoce.errors import ConfigError, RoundAbandoned
 from sottovoce.language import server_optimizer, sums
@@ -25,7 +26,7 @@ from sottovoce.language.learning import (
 )
 from sottovoce.language.lowering import lower
 from sottovoce.language.ports import Bound, RoundRequest, RoundSums
-from sottovoce.plan import LocalWork, Plan, PrivacyTerms, blob_ref
+from sottovoce.plan import LocalWork, Plan, PrivacyTerms
 from sottovoce.runtime import open_program
 from sottovoce.tensors import decode_tensors
 from sottovoce.types import Array

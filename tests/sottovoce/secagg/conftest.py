@@ -5,24 +5,28 @@ from __future__ import annotations
 import datetime
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import msgspec
 import numpy as np
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
+from cryptography.hazmat.primitives.serialization import Encoding
 
+from sottovoce.errors import SottovoceError, UnexpectedMessage
 from sottovoce.identity import Identity, SignedContext, TrustAnchor, new_key, subject
 from sottovoce.secagg.client import ClientSession, ClientTerms
-from sottovoce.secagg.client_stages import InputMasked
+from sottovoce.secagg.client_stages import Aborted, InputMasked
 from sottovoce.secagg.graph import GraphRule
 from sottovoce.secagg.keys import key_pair
 from sottovoce.secagg.server import STAGE_NAMES, Reply, ServerSession
+from sottovoce.secagg.transcript import survivors_digest
 from sottovoce.wire.chunks import assemble
 from sottovoce.wire.codec import Opened, open_envelope, parse, seal
-from sottovoce.wire.messages import MaskedInputRequest, Message, SecAggParameters, Unmasking
+from sottovoce.wire.messages import MaskedInputRequest, Message, SecAggParameters, SurvivorsSignature, Unmasking
 
 FLEET, COORDINATOR, ROUND, ATTEMPT = "choir", "conductor", 7, 1
 PLAN, STATE = b"p" * 32, b"s" * 32
@@ -135,6 +139,33 @@ class Rehearsal:
     @property
     def stage_name(self) -> str:
         return STAGE_NAMES.get(type(self.server.stage), "")
+
+    @property
+    def cohort(self) -> Any:
+        """The members, while the server stands between the roster and the sum."""
+        stage: Any = self.server.stage
+        return stage.cohort if hasattr(stage, "cohort") else stage.inputs.cohort
+
+    def position(self, device: str) -> int:
+        return int(self.cohort.position_of[device])
+
+    def signed(self, device: str, survivors: Sequence[int], **changes: Any) -> bytes:
+        """A corrupt member's signature on any set it is asked to sign."""
+        session = self.server.session_id
+        context = msgspec.structs.replace(self.fleet.context(device, session=session), **changes)
+        message = SurvivorsSignature(survivors=survivors_digest(survivors, session=session))
+        return seal(message, self.fleet.identities[device], context)
+
+    def assert_refused(self, device: str, request: Any, error: type[SottovoceError], match: str | None = None) -> None:
+        """The device refuses `request` by exactly this kind of error, and is then empty."""
+        client = self.clients[device]
+        with pytest.raises(error, match=match) as caught:
+            client.receive(request)
+        assert type(caught.value) is error
+        assert isinstance(client.stage, Aborted)
+        assert client.masked_vector is None
+        with pytest.raises(UnexpectedMessage):
+            client.receive(request)
 
     def plain_sum(self, devices: Iterable[str]) -> bytes:
         """The plain sum of the devices' vectors, word by word, each modulo 2 to its width, computed the slow way."""
@@ -287,8 +318,6 @@ def make_fleet() -> Fleet:
     def issue(device: str, role: str) -> Identity:
         key = new_key()
         issued = certificate(subject(name=device, fleet=FLEET, role=role), key.public_key(), authority=False)
-        from cryptography.hazmat.primitives.serialization import Encoding
-
         return Identity(key, anchor.verify(issued.public_bytes(Encoding.DER), at=AT))
 
     identities = {f"pi-{number:03}": issue(f"pi-{number:03}", "device") for number in range(LARGEST)}
@@ -298,6 +327,15 @@ def make_fleet() -> Fleet:
 @pytest.fixture(scope="session")
 def fleet() -> Fleet:
     return make_fleet()
+
+
+@pytest.fixture(scope="session")
+def large_fleet(fleet: Fleet) -> Fleet:
+    """Just more devices than a complete graph takes: they stand on a ring."""
+    names = [f"pi-{number:03}" for number in range(201)]
+    return replace(
+        fleet, identities={name: fleet.identities.get(name) or fleet.issue(name, "device") for name in names}
+    )
 
 
 @pytest.fixture(scope="session")

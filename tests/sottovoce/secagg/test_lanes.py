@@ -7,28 +7,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from aggregation_plans import plan_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 from sottovoce.errors import ConfigError, NonFiniteUpdate, PolicyRefusal, ProgramError, RoundAbandoned
-from sottovoce.plan import Aggregation, Counted, LocalWork, Plan, PrivacyTerms, Quantised, blob_ref
-from sottovoce.secagg.lanes import decode, encode, layout_of
+from sottovoce.plan import Aggregation, Counted, Quantised
+from sottovoce.secagg.encoding import decode, encode
+from sottovoce.secagg.lanes import layout_of
 from sottovoce.secagg.segments import add_into
 
 CLIENTS = 20
-
-
-def plan_of(*aggregations: Aggregation, weight_cap: int = 50) -> Plan:
-    return Plan(
-        fleet="choir",
-        name="song",
-        collection="notes",
-        program=blob_ref(b"program"),
-        work=LocalWork(),
-        aggregations=aggregations,
-        privacy=PrivacyTerms(purpose="a test", minimum_cohort=3, weight_cap=weight_cap),
-    )
 
 
 def quantised(name: str = "update", tensors: tuple[str, ...] = ("float32[5]",), **changes: Any) -> Aggregation:

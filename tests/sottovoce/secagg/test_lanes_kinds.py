@@ -8,15 +8,17 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import scipy.stats
+from aggregation_plans import plan_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sottovoce.errors import ConfigError, PolicyRefusal, RemoteProtocolError, RoundAbandoned
-from sottovoce.plan import Aggregation, Counted, Encoding, LaneName, LocalWork, Plan, PrivacyTerms, Quantised, blob_ref
+from sottovoce.plan import Aggregation, Counted, Encoding, LaneName, Quantised
 from sottovoce.secagg import lanes
 from sottovoce.secagg.client_stages import InputMasked
+from sottovoce.secagg.encoding import decode, encode
 from sottovoce.secagg.graph import check_parameters
-from sottovoce.secagg.lanes import Layout, decode, encode, layout_of
+from sottovoce.secagg.lanes import Layout, layout_of
 from sottovoce.secagg.segments import add_into, add_packed_into, pack, reduce
 from sottovoce.secagg.server_stages import CheckingConsistency, CollectingInputs, Unmasked
 from sottovoce.secagg.transcript import agree
@@ -24,18 +26,6 @@ from sottovoce.secagg.transcript import agree
 LANES: tuple[LaneName, ...] = get_args(LaneName)
 WIDTHS = {"uint16": 16, "3x21": 21, "uint32": 32, "dense": 32, "uint64": 64}
 CLIENTS = 12
-
-
-def plan_of(*aggregations: Aggregation) -> Plan:
-    return Plan(
-        fleet="choir",
-        name="song",
-        collection="notes",
-        program=blob_ref(b"program"),
-        work=LocalWork(),
-        aggregations=aggregations,
-        privacy=PrivacyTerms(purpose="a test", minimum_cohort=3, weight_cap=50),
-    )
 
 
 def aggregation(lane: LaneName, encoding: Encoding, *, size: int = 1, name: str = "u") -> Aggregation:
@@ -64,7 +54,7 @@ def mixed(lane: LaneName, *, first: int = 7, second: int = 100) -> Layout:
 def values_for(layout: Layout, seed: int) -> dict[str, list[Any]]:
     """Values of which some lie outside every range."""
     rng = np.random.default_rng(seed)
-    shapes = {"seen": [(2,)], "correct": [(3,)], "three": [(1,)]}
+    shapes: dict[str, list[tuple[int, ...]]] = {"seen": [(2,)], "correct": [(3,)], "three": [(1,)]}
     one, two = (layout.lanes[index].aggregation for index in (1, 3))
     shapes |= {"one": [(one.size - 2,), (2, 1)], "two": [(two.size,)]}
     scales = {"seen": 2**39, "correct": 600, "three": 20, "one": 1, "two": 4}

@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from aggregation_plans import plan_of
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
-from sottovoce.plan import Aggregation, Counted, LocalWork, Plan, PrivacyTerms, Quantised, blob_ref
-from sottovoce.secagg.lanes import encode, layout_of
+from sottovoce.plan import Aggregation, Counted, Quantised
+from sottovoce.secagg.encoding import encode
+from sottovoce.secagg.lanes import layout_of
 from sottovoce.secagg.masks import MaskExpander
 from sottovoce.secagg.segments import add_packed_into, pack, reduce, unpacked_bytes
 from sottovoce.secagg.server_stages import CollectingInputs
@@ -173,17 +175,10 @@ def kolmogorov_smirnov(words: np.ndarray[Any, Any], bits: int) -> float:
 @pytest.mark.parametrize("cipher", ["aes-128-ctr", "chacha20"])
 def test_every_lane_of_a_masked_input_is_uniform(fleet: Any, fixed_entropy: Any, cipher: str) -> None:
     """The plainest input there is, all zeros but the weight, over many sessions; each lane by itself."""
-    plan = Plan(
-        fleet="choir",
-        name="song",
-        collection="notes",
-        program=blob_ref(b"program"),
-        work=LocalWork(),
-        aggregations=(
-            Aggregation(name="update", tensors=("float32[3]",), encoding=Quantised(half_range=1, bits=8)),
-            Aggregation(name="count", tensors=("int32[1]",), encoding=Counted(maximum=9), lane="uint64"),
-        ),
-        privacy=PrivacyTerms(purpose="a test", minimum_cohort=3, weight_cap=4),
+    plan = plan_of(
+        Aggregation(name="update", tensors=("float32[3]",), encoding=Quantised(half_range=1, bits=8)),
+        Aggregation(name="count", tensors=("int32[1]",), encoding=Counted(maximum=9), lane="uint64"),
+        weight_cap=4,
     )
     layout = layout_of(plan, maximum_clients=100)
     zeros: dict[str, list[Any]] = {"update": [np.zeros(3, np.float32)], "count": [np.zeros(1, np.int32)]}

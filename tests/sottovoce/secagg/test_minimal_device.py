@@ -7,13 +7,14 @@ goes through signed envelopes.
 from __future__ import annotations
 
 import ast
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import by_the_spec as spec
 import msgspec
 import pytest
+import vector_by_the_spec as vector_spec
 from cryptography.hazmat.primitives.serialization import Encoding
 from fleet_by_the_spec import FixedEntropy
 from spec_device import SpecDevice
@@ -37,7 +38,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def test_the_device_imports_nothing_of_ours() -> None:
-    for name in ("by_the_spec", "spec_device"):
+    for name in ("by_the_spec", "shares_by_the_spec", "vector_by_the_spec", "spec_device"):
         tree = ast.parse((VECTORS / f"{name}.py").read_text(encoding="utf-8"))
         imports = {alias.name for one in ast.walk(tree) if isinstance(one, ast.Import) for alias in one.names}
         imports |= {str(one.module) for one in ast.walk(tree) if isinstance(one, ast.ImportFrom)}
@@ -57,7 +58,7 @@ class Choir:
 
     def __post_init__(self) -> None:
         names = sorted(self.fleet.identities)[: self.real + self.by_the_spec]
-        length = spec.memory_bytes(msgspec.to_builtins(self.parameters))
+        length = vector_spec.memory_bytes(msgspec.to_builtins(self.parameters))
         self.plain = {name: spec.stream("chacha20", name.encode().ljust(32), length) for name in names}
         context = SignedContext("conductor", "all", "choir", 7, 1)
         digests: dict[str, Any] = {"plan": b"p" * 32, "state": b"s" * 32}
@@ -158,14 +159,6 @@ def test_a_round_of_devices_by_the_spec_alone_is_exact(fleet: Any, mode: str) ->
     choir.perform({"masked_input": list(choir.devices)[:1]})
     assert len(choir.server.survivors) == 6
     assert bytes(choir.server.result) == choir.plain_sum()
-
-
-@pytest.fixture(scope="module")
-def large_fleet(fleet: Any) -> Any:
-    """Just more devices than a complete graph takes."""
-    names = [f"pi-{number:03}" for number in range(201)]
-    issued = {name: fleet.identities.get(name) or fleet.issue(name, "device") for name in names}
-    return replace(fleet, identities=issued)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from aggregation_plans import plan_of
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.serialization import Encoding
@@ -28,10 +29,11 @@ from sottovoce.errors import (
     UnexpectedMessage,
 )
 from sottovoce.identity import Identity, SignedContext, new_key
-from sottovoce.plan import Aggregation, Counted, LocalWork, Plan, PrivacyTerms, blob_ref
+from sottovoce.plan import Aggregation, Counted, Plan
 from sottovoce.secagg import keys
 from sottovoce.secagg.client_stages import Aborted, InputMasked, KeysShared
-from sottovoce.secagg.lanes import Layout, decode, encode, layout_of
+from sottovoce.secagg.encoding import decode, encode
+from sottovoce.secagg.lanes import Layout, layout_of
 from sottovoce.secagg.segments import add_into
 from sottovoce.secagg.server_stages import CollectingInputs, CollectingShares, SharingKeys, Unmasked
 from sottovoce.wire.codec import open_envelope, parse, seal
@@ -208,18 +210,9 @@ def self_made(roster: Any, fleet: Any) -> Any:
 
 
 def song(*, lane: Any, maximum: int, size: int = 5) -> Plan:
-    return Plan(
-        fleet="choir",
-        name="song",
-        collection="takes",
-        program=blob_ref(b"program"),
-        work=LocalWork(),
-        aggregations=(
-            Aggregation(name="first", tensors=(f"int64[{size}]",), encoding=Counted(maximum=maximum), lane=lane),
-            Aggregation(name="second", tensors=(f"int64[{size}]",), encoding=Counted(maximum=maximum), lane=lane),
-        ),
-        privacy=PrivacyTerms(purpose="to count", minimum_cohort=3, weight_cap=1),
-    )
+    encoding, tensors = Counted(maximum=maximum), (f"int64[{size}]",)
+    both = (Aggregation(name=name, tensors=tensors, encoding=encoding, lane=lane) for name in ("first", "second"))
+    return plan_of(*both, weight_cap=1)
 
 
 def sum_of_equals(layout: Layout, value: int, devices: int, size: int = 5) -> dict[str, Any]:

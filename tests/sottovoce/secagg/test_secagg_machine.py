@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import gc
+import types
 from typing import Any, get_args
 
 import pytest
+from msgspec.structs import replace
 
-from sottovoce.errors import LocalProtocolError, RoundAbandoned, SottovoceError, UnexpectedMessage
+from sottovoce.errors import (
+    BadShare,
+    CryptoError,
+    LocalProtocolError,
+    RoundAbandoned,
+    SottovoceError,
+    UnexpectedMessage,
+)
 from sottovoce.secagg import client_stages, server_stages
 from sottovoce.secagg.client import STEPS as CLIENT_STEPS
 from sottovoce.secagg.server import CLOSINGS, STAGE_NAMES
@@ -157,3 +167,45 @@ def test_a_bug_of_ours_also_ends_the_devices_session(fleet: Any) -> None:
         client.advertise()
     assert client.stage == client_stages.Aborted()
     assert bytes(vector) == bytes(len(vector))
+
+
+def reachable(root: object) -> set[bytes]:
+    """Every bytes object that can be reached from `root`, through tracebacks and the variables of their frames too."""
+    seen, pending, found = set[int](), [root], set[bytes]()
+    while pending:
+        each = pending.pop()
+        if id(each) in seen or isinstance(each, types.ModuleType | type | types.FunctionType):
+            continue
+        seen.add(id(each))
+        if isinstance(each, bytes | bytearray):
+            found.add(bytes(each))
+        elif isinstance(each, types.FrameType):
+            if each.f_globals["__name__"].startswith("sottovoce."):
+                pending += each.f_locals.values()
+        elif isinstance(each, types.TracebackType):
+            pending += [each.tb_frame, each.tb_next]
+        else:
+            if isinstance(each, BaseException):
+                pending += [each.__traceback__, each.__context__, each.__cause__]
+            pending += gc.get_referents(each)
+    return found
+
+
+@pytest.mark.parametrize("stage", [server_stages.CollectingInputs, server_stages.CollectingShares])
+def test_the_error_that_ended_a_session_holds_none_of_its_secrets(fleet: Any, stage: type) -> None:
+    """It outlives the session: a traceback keeps the variables of every step that it went through."""
+    rehearsal = fleet.rehearse(6)
+    requests = rehearsal.run_until(stage)
+    client, request = rehearsal.clients[rehearsal.devices[0]], requests[rehearsal.devices[0]]
+    error: type[CryptoError]
+    if stage is server_stages.CollectingInputs:
+        secrets = {client.stage.self_seed, client.stage.mask.secret, client.stage.upload_key}
+        request, error = replace(request, ciphertexts=request.ciphertexts[:-1] + b"x"), BadShare
+    else:
+        secrets = {*client.stage.masked.held.values()}
+        request, error = replace(request, inclusions=b""), CryptoError
+    assert secrets <= reachable(client)
+    with pytest.raises(error):
+        client.receive(request)
+    assert client.stage.error is not None
+    assert secrets.isdisjoint(reachable(client))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import os
 import random
@@ -12,8 +13,9 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import structs
 
-from sottovoce.errors import BadBlob
+from sottovoce.errors import BadBlob, ConflictingMessage, MalformedMessage
 from sottovoce.identity import SignedContext
 from sottovoce.secagg.segments import add_packed_into, unpacked_bytes
 from sottovoce.secagg.server import ServerSession
@@ -161,3 +163,92 @@ def test_nobody_owes_anything_to_a_session_that_was_abandoned(fleet: Any) -> Non
     assert rehearsal.server.owing == set(rehearsal.devices)
     rehearsal.server.abandon("stopped")
     assert rehearsal.server.owing == frozenset()
+
+
+def announced_vector(fleet: Any, *, seed: int = 0) -> Any:
+    """A rehearsal whose first device has announced its vector, in chunks of 16 bytes: it, its name and the vector."""
+    rehearsal = fleet.rehearse(6, seed=seed)
+    device = rehearsal.devices[0]
+    rehearsal.clients[device] = fleet.client(device, bytearray(rehearsal.plain[device]), chunk_bytes=16)
+    requests = rehearsal.run_until(CollectingInputs)
+    rehearsal.answer(device, requests[device], upload=False)
+    return rehearsal, device, bytes(rehearsal.clients[device].masked_vector)
+
+
+def test_a_chunk_changed_by_the_broker_is_refused_and_the_right_one_still_fits(fleet: Any) -> None:
+    rehearsal, device, vector = announced_vector(fleet)
+    upload = Assembly(rehearsal.server.expected_vector(device))
+    assert upload.ref.chunk_count == 5
+    for index in range(5):
+        right, other = vector[upload.ref.chunk_slice(index)], vector[upload.ref.chunk_slice((index + 1) % 5)]
+        for wrong in (bytes([right[0] ^ 1]) + right[1:], right[:-1] + bytes([right[-1] ^ 128]), other, right[:-1], b""):
+            with pytest.raises(BadBlob):
+                upload.add(index, wrong)
+            with pytest.raises(BadBlob, match="chunks are missing"):
+                rehearsal.server.add_vector(device, upload)
+        assert bytes(rehearsal.server.stage.total) == bytes(fleet.vector_bytes), "nothing unverified is in the sum"
+        upload.add(index, right)
+    rehearsal.server.add_vector(device, upload)
+    rehearsal.run_until(Unmasked)
+    assert bytes(rehearsal.server.result) == rehearsal.plain_sum(rehearsal.devices)
+
+
+def test_a_tag_from_another_session_is_refused(fleet: Any) -> None:
+    """The same device, with the same keys even, in two sessions; the broker puts the one vector into the other."""
+    first, device, before = announced_vector(fleet)
+    earlier = first.server.expected_vector(device)
+    second, _, after = announced_vector(fleet, seed=1)
+    expected = second.server.expected_vector(device)
+    assert before != after
+    for content in (before, after):
+        with pytest.raises(BadBlob):
+            assemble(dataclasses.replace(expected, tags=earlier.tags), content)
+    with pytest.raises(BadBlob):
+        assemble(expected, before)
+    message = second.answers[device][-1]
+    with pytest.raises(ConflictingMessage):
+        second.send(device, structs.replace(message, vector=first.answers[device][-1].vector))
+
+
+def test_a_tag_of_another_device_is_refused(fleet: Any) -> None:
+    """A member announces another's vector and tags as its own: whoever copies does not know the key."""
+    rehearsal, device, vector = announced_vector(fleet)
+    copier = rehearsal.devices[1]
+    request = next(reply.message for reply in rehearsal.server.outstanding() if reply.device == copier)
+    own = rehearsal.clients[copier].receive(request)
+    rehearsal.send(copier, structs.replace(own, vector=rehearsal.answers[device][-1].vector))
+    with pytest.raises(BadBlob, match="does not match its tag"):
+        assemble(rehearsal.server.expected_vector(copier), vector)
+    assert copier in rehearsal.server.waiting_for()
+
+
+@pytest.mark.parametrize(
+    ("vector_bytes", "chunk_bytes", "taken"),
+    [
+        (72, 1, False),
+        (64 * 1023, 1023, True),
+        (65 * 1023 + 1, 1023, False),
+        (65 * 1024, 1024, True),
+        (10_000 * 1024, 1024, True),
+        (10_001 * 1024, 1024, False),
+    ],
+)
+def test_a_vector_in_many_tiny_chunks_is_refused_before_anything_is_kept_of_it(
+    fleet: Any, vector_bytes: int, chunk_bytes: int, taken: bool
+) -> None:
+    """Every chunk is answered with a bitmap of all: 65,000 of them would cost the coordinator 8 kB each."""
+    rehearsal = dataclasses.replace(fleet, vector_bytes=vector_bytes).rehearse(6)
+    device = rehearsal.devices[0]
+    requests = rehearsal.run_until(CollectingInputs)
+    right = rehearsal.clients[device].receive(requests[device])
+    key = rehearsal.server.stage.upload_keys[rehearsal.server.stage.cohort.position_of[device]]
+    cut = tag_vector(rehearsal.clients[device].masked_vector, key, chunk_bytes=chunk_bytes)
+    if taken:
+        rehearsal.send(device, structs.replace(right, vector=cut))
+    else:
+        with pytest.raises(MalformedMessage, match="each too small"):
+            rehearsal.send(device, structs.replace(right, vector=cut))
+        assert rehearsal.server.expected_vector(device) is None
+        rehearsal.send(device, right)
+    rehearsal.upload(device)
+    assert device not in rehearsal.server.waiting_for()

@@ -9,7 +9,7 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 
-from sottovoce.plan import BlobRef
+from sottovoce.blobs import BlobRef
 from sottovoce.secagg import keys, labels, shamir, unmask
 from sottovoce.secagg.client import STEPS as CLIENT_STEPS
 from sottovoce.secagg.graph import COMPLETE_GRAPH_LIMIT, LARGEST_COHORT, LARGEST_THRESHOLD

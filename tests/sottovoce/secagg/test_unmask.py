@@ -124,3 +124,45 @@ def test_owners_with_different_holders_are_rebuilt_in_groups(fixed_entropy: Any)
     del case.given[9]
     assert case.rebuild() == SECRETS
     assert all(isinstance(limbs, np.ndarray) for _, limbs in case.given.values())
+
+
+def test_a_liar_on_a_ring_costs_few_searches_not_one_for_every_neighbour(
+    fixed_entropy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three liars, 60 owners with other holders each: whoever was caught before is asked last."""
+    entropy, threshold, liars = fixed_entropy(3), 10, (1, 6, 11)
+    secrets = {owner: entropy(32) for owner in range(60)}
+    owner_of, point_of, limbs = [], [], []
+    for owner, secret in secrets.items():
+        points = [*range(1, 16), 30 + owner]
+        for point, row in zip(
+            points, shamir.split((secret,), points=points, threshold=threshold, entropy=entropy), strict=True
+        ):
+            error = (1 + owner * point * point) * (point in liars)
+            owner_of.append(owner)
+            point_of.append(point)
+            limbs.append((shamir.parse_shares(row)[0].astype(int) + error) % shamir.PRIME)
+    tried = 0
+    interpolate = shamir.interpolate
+
+    def counted(*given: Any) -> Any:
+        nonlocal tried
+        tried += 1
+        return interpolate(*given)
+
+    def verify(owner: int, secret: bytes) -> None:
+        if secret != secrets[owner]:
+            raise BadShare("not it")
+
+    monkeypatch.setattr(shamir, "interpolate", counted)
+    found = unmask.rebuild_secrets(
+        owner_of=np.array(owner_of),
+        point_of=np.array(point_of),
+        limbs=np.array(limbs, np.uint16),
+        owners=[*secrets],
+        threshold=threshold,
+        verify=verify,
+        session=SESSION,
+    )
+    assert found == secrets
+    assert tried < 60 + unmask.MAX_SUBSETS, "one search, then one try for each of the others"

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sottovoce.blobs import BlobRef, blob_ref, digest_of
 from sottovoce.errors import BadBlob, MalformedMessage
-from sottovoce.plan import BlobRef, blob_ref, digest_of
 from sottovoce.transport.base import Connected, Delivery
 from sottovoce.transport.blobs import BlobFetcher, BlobPublisher, Failed, Fetched, FetchLimits, Subscribe, Unsubscribe
 from sottovoce.transport.memory import MemoryBroker, MemoryTransport

@@ -14,8 +14,8 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from hypothesis import strategies as st
 
 from sottovoce.authority import create_authority, sign_request
+from sottovoce.blobs import BlobRef, blob_ref
 from sottovoce.identity import Identity, Role, TrustAnchor, new_key, signing_request
-from sottovoce.plan import BlobRef, blob_ref
 from sottovoce.wire.messages import Message, TaggedVector
 
 AT = datetime.datetime(2026, 12, 1, tzinfo=datetime.UTC)

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sottovoce.blobs import MAX_CHUNK_BYTES, blob_ref, digest_of
 from sottovoce.errors import BadBlob, LocalProtocolError, MalformedMessage
-from sottovoce.plan import MAX_CHUNK_BYTES, blob_ref, digest_of
 from sottovoce.wire.chunks import (
     MIN_FRAGMENT_BYTES,
     Assembly,
