@@ -8,34 +8,30 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives.serialization import Encoding
+from choir import AT, Choir
 
 from coordinator.admission import Admission, DeviceChunk, StatusHint
 from coordinator.fleet import Fleet
 from coordinator.settings import read_settings
-from sottovoce.authority import create_authority, revoke, sign_request
 from sottovoce.errors import BadCertificate, ConfigError, CryptoError, RemoteProtocolError
-from sottovoce.identity import Identity, SignedContext, TrustAnchor, load_revoked, new_key, signing_request
+from sottovoce.identity import SignedContext, TrustAnchor, load_revoked
 from sottovoce.wire.chunks import VectorChunk, encode_vector_chunk, fragments
 from sottovoce.wire.codec import Opened, seal
 from sottovoce.wire.messages import CheckIn, Message, NotSelected, Ready, Status, Withdraw
 from sottovoce.wire.topics import Topics
 
-AT = datetime.datetime(2026, 12, 1, tzinfo=datetime.UTC)
-
 
 @pytest.fixture
-def admission(choir: Any) -> Admission:
+def admission(choir: Choir) -> Admission:
     choir.names(2)
     return Admission(Topics("choir"), coordinator="coordinator", fleet=Fleet(choir.anchor))
 
 
-def _sealed(choir: Any, message: Message, *, sender: str = "pi-00", to: str = "coordinator", **context: Any) -> bytes:
+def _sealed(choir: Choir, message: Message, *, sender: str = "pi-00", to: str = "coordinator", **context: Any) -> bytes:
     return seal(message, choir.devices[sender], SignedContext(sender, to, "choir", **context))
 
 
-def _check_in(choir: Any, device: str = "pi-00") -> CheckIn:
+def _check_in(choir: Choir, device: str = "pi-00") -> CheckIn:
     return CheckIn(choir.devices[device].certificate.der, bytes(32), fast_aes=True)
 
 
@@ -43,7 +39,7 @@ def _up(device: str = "pi-00") -> str:
     return f"sv1/choir/up/{device}/0/m"
 
 
-def test_after_a_check_in_a_devices_other_messages_are_opened(choir: Any, admission: Admission) -> None:
+def test_after_a_check_in_a_devices_other_messages_are_opened(choir: Choir, admission: Admission) -> None:
     opened = admission.open(_up(), _sealed(choir, _check_in(choir)), at=AT)
     assert isinstance(opened, Opened)
     assert opened.certificate.name == "pi-00"
@@ -53,7 +49,7 @@ def test_after_a_check_in_a_devices_other_messages_are_opened(choir: Any, admiss
     assert opened.context.round == 3
 
 
-def test_an_envelope_in_fragments_is_put_together(choir: Any, admission: Admission) -> None:
+def test_an_envelope_in_fragments_is_put_together(choir: Choir, admission: Admission) -> None:
     big = CheckIn(choir.devices["pi-00"].certificate.der, bytes(5000), fast_aes=True)
     parts = fragments(_sealed(choir, big), chunk_bytes=2048)
     assert len(parts) > 2
@@ -63,7 +59,7 @@ def test_an_envelope_in_fragments_is_put_together(choir: Any, admission: Admissi
     assert last.message == big
 
 
-def test_strangers_that_begin_and_never_finish_crowd_out_no_device(choir: Any, admission: Admission) -> None:
+def test_strangers_that_begin_and_never_finish_crowd_out_no_device(choir: Choir, admission: Admission) -> None:
     admission.open(_up(), _sealed(choir, _check_in(choir)), at=AT)
     big = CheckIn(choir.devices["pi-00"].certificate.der, bytes(200_000), fast_aes=True)
     *parts, last = fragments(_sealed(choir, big), chunk_bytes=65_536)
@@ -102,7 +98,7 @@ def _tampered(payload: bytes) -> bytes:
     ],
 )
 def test_what_is_wrong_is_refused_for_its_reason(
-    choir: Any, admission: Admission, reason: str, make: Callable[[Any], tuple[str, bytes]]
+    choir: Choir, admission: Admission, reason: str, make: Callable[[Any], tuple[str, bytes]]
 ) -> None:
     topic, payload = make(choir)
     with pytest.raises((RemoteProtocolError, CryptoError)) as caught:
@@ -111,14 +107,14 @@ def test_what_is_wrong_is_refused_for_its_reason(
     assert caught.value.reason == reason
 
 
-def test_a_check_in_that_is_not_signed_by_its_holder_makes_nobody_known(choir: Any, admission: Admission) -> None:
+def test_a_check_in_that_is_not_signed_by_its_holder_makes_nobody_known(choir: Choir, admission: Admission) -> None:
     with pytest.raises(CryptoError):
         admission.open(_up(), _tampered(_sealed(choir, _check_in(choir))), at=AT)
     with pytest.raises(RemoteProtocolError, match="has not checked in"):
         admission.open(_up(), _sealed(choir, Ready(present=True)), at=AT)
 
 
-def test_a_status_is_a_hint_and_of_a_known_device_it_must_be_signed(choir: Any, admission: Admission) -> None:
+def test_a_status_is_a_hint_and_of_a_known_device_it_must_be_signed(choir: Choir, admission: Admission) -> None:
     topic, online = "sv1/choir/st/pi-00", _sealed(choir, Status(online=True, version="1"), to="all")
     assert admission.open(topic, online, at=AT) == StatusHint("pi-00", online=True)
     assert admission.open(topic, _tampered(online), at=AT) == StatusHint("pi-00", online=True)
@@ -129,12 +125,12 @@ def test_a_status_is_a_hint_and_of_a_known_device_it_must_be_signed(choir: Any, 
         admission.open(topic, _tampered(online), at=AT)
 
 
-def test_who_never_checked_in_and_withdraws_is_only_not_waited_for(choir: Any, admission: Admission) -> None:
+def test_who_never_checked_in_and_withdraws_is_only_not_waited_for(choir: Choir, admission: Admission) -> None:
     withdrawn = _sealed(choir, Withdraw(code="policy"), round=3)
     assert admission.open(_up(), withdrawn, at=AT) == StatusHint("pi-00", online=False)
 
 
-def test_who_withdraws_instead_of_checking_in_shows_its_certificate(choir: Any, admission: Admission) -> None:
+def test_who_withdraws_instead_of_checking_in_shows_its_certificate(choir: Choir, admission: Admission) -> None:
     shown = Withdraw(code="policy", certificate=choir.devices["pi-00"].certificate.der)
     opened = admission.open(_up(), _sealed(choir, shown, round=3), at=AT)
     assert isinstance(opened, Opened)
@@ -148,7 +144,7 @@ def test_a_chunk_is_passed_on_with_the_device_of_its_topic(admission: Admission)
     assert admission.open("sv1/choir/up/pi-01/1/c", encode_vector_chunk(chunk), at=AT) == DeviceChunk("pi-01", chunk)
 
 
-def test_a_device_may_not_say_what_only_a_coordinator_says(choir: Any, admission: Admission) -> None:
+def test_a_device_may_not_say_what_only_a_coordinator_says(choir: Choir, admission: Admission) -> None:
     admission.open(_up(), _sealed(choir, _check_in(choir)), at=AT)
     with pytest.raises(RemoteProtocolError, match="a device may not send NotSelected"):
         admission.open(_up(), _sealed(choir, NotSelected(retry_ms=1)), at=AT)
@@ -157,25 +153,12 @@ def test_a_device_may_not_say_what_only_a_coordinator_says(choir: Any, admission
 # --- the roster -------------------------------------------------------------------------------------------------------
 
 
-class _Authority:
-    def __init__(self, folder: Path) -> None:
-        self.authority = create_authority(folder, fleet="choir", at=AT)
-        self.certificate = x509.load_pem_x509_certificate(self.authority.certificate_file.read_bytes())
-
-    def enrol(self, name: str, *, at: datetime.datetime, replace: bool = False) -> tuple[Identity, str]:
-        key = new_key()
-        request = signing_request(key, name=name, fleet="choir", role="device")
-        issued = sign_request(self.authority, request, at=at, replace=replace)
-        der = x509.load_pem_x509_certificate(issued.pem).public_bytes(Encoding.DER)
-        return Identity(key, TrustAnchor(self.certificate).verify(der, at=at)), str(issued.serial)
-
-
 def test_the_newest_certificate_of_a_device_is_live(tmp_path: Path) -> None:
-    ca = _Authority(tmp_path / "ca")
+    other = Choir(tmp_path / "ca")
     later = AT + datetime.timedelta(days=10)
-    old, _ = ca.enrol("pi-1", at=AT)
-    new, _ = ca.enrol("pi-1", at=later, replace=True)
-    fleet = Fleet(TrustAnchor(ca.certificate))
+    old = other.enrol("pi-1")
+    new = other.enrol("pi-1", at=later, replace=True)
+    fleet = Fleet(other.anchor)
     fleet.admit(fleet.verify(old.certificate.der, at=later))
     fleet.admit(fleet.verify(new.certificate.der, at=later))
     with pytest.raises(BadCertificate, match="newer certificate"):
@@ -186,18 +169,18 @@ def test_the_newest_certificate_of_a_device_is_live(tmp_path: Path) -> None:
 
 
 def test_a_revoked_certificate_is_refused_also_when_the_journal_remembers_it(tmp_path: Path) -> None:
-    ca = _Authority(tmp_path / "ca")
-    identity, serial = ca.enrol("pi-1", at=AT)
-    revoke(ca.authority, serial, at=AT)
-    serials = load_revoked(ca.authority.revoked_file.read_bytes(), ca.certificate)
-    fleet = Fleet(TrustAnchor(ca.certificate, revoked_serials=tuple(serials)))
+    other = Choir(tmp_path / "ca")
+    identity = other.enrol("pi-1")
+    certificate = other.authority.certificate
+    serials = load_revoked(other.revoke("pi-1"), certificate)
+    fleet = Fleet(TrustAnchor(certificate, revoked_serials=tuple(serials)))
     with pytest.raises(BadCertificate, match="revoked"):
         fleet.verify(identity.certificate.der, at=AT)
     fleet.restore([identity.certificate.der], at=AT)
     assert not fleet.knows("pi-1")
 
 
-def test_a_certificate_expires(choir: Any) -> None:
+def test_a_certificate_expires(choir: Choir) -> None:
     fleet = Fleet(choir.anchor)
     choir.names(1)
     certificate = choir.devices["pi-00"].certificate
@@ -207,7 +190,7 @@ def test_a_certificate_expires(choir: Any) -> None:
         fleet.certificate("pi-00", fingerprint=certificate.fingerprint, at=AT + datetime.timedelta(days=5000))
 
 
-def test_hints_of_devices_nobody_knows_are_bounded(choir: Any) -> None:
+def test_hints_of_devices_nobody_knows_are_bounded(choir: Choir) -> None:
     fleet = Fleet(choir.anchor)
     for number in range(20_100):
         fleet.note_status(f"invented-{number}", online=True)

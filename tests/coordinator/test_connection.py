@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from memory_stage import Stage
+from tiny_tasks import Ask
 
 import coordinator
 from coordinator.connection import FleetConnection, Wishes, connect
@@ -18,17 +20,15 @@ from sottovoce.errors import BadBundle, ConfigError, ProgramError, RoundAbandone
 from sottovoce.file_lock import FileLock
 from sottovoce.language.context import current_executor
 from sottovoce.language.fleet_executor import FleetExecutor
-from sottovoce.language.ports import RoundRequest
 from sottovoce.plan import Aggregation, Extraction, Quantised
 from sottovoce.wire.messages import Selected
 
-Ask = Callable[..., RoundRequest]
 Connect = Callable[..., FleetConnection]
 CONFIG = "coordinator.toml"
 
 
 @pytest.fixture
-def running(stage: Any) -> Iterator[FileLock]:
+def running(stage: Stage) -> Iterator[FileLock]:
     """The lock that `coordinator run` holds."""
     lock = FileLock.take(lock_file(stage.folder / "journal.sqlite"))
     assert lock is not None
@@ -37,7 +37,7 @@ def running(stage: Any) -> Iterator[FileLock]:
 
 
 @pytest.fixture
-def connected(stage: Any, running: FileLock) -> Iterator[Connect]:
+def connected(stage: Stage, running: FileLock) -> Iterator[Connect]:
     """Connects to the stage's coordinator: whenever the asker waits, time passes on the stage."""
     with Journal(stage.folder / "journal.sqlite") as journal:
 
@@ -62,7 +62,7 @@ def connected(stage: Any, running: FileLock) -> Iterator[Connect]:
         yield make
 
 
-def test_a_request_is_answered_with_its_sums(stage: Any, connected: Connect, request_of: Ask) -> None:
+def test_a_request_is_answered_with_its_sums(stage: Stage, connected: Connect, request_of: Ask) -> None:
     stage.start()
     connection = connected(goal=5)
     connection.check()
@@ -77,7 +77,7 @@ def test_a_request_is_answered_with_its_sums(stage: Any, connected: Connect, req
 
 
 def test_a_committed_request_needs_no_coordinator(
-    stage: Any, connected: Connect, request_of: Ask, running: FileLock
+    stage: Stage, connected: Connect, request_of: Ask, running: FileLock
 ) -> None:
     stage.start()
     connection = connected(goal=5)
@@ -87,14 +87,16 @@ def test_a_committed_request_needs_no_coordinator(
     np.testing.assert_array_equal(connection.run(request_of("a/0")).sums["sum"], first.sums["sum"])
 
 
-def test_without_a_goal_all_devices_that_are_known_are_wanted(stage: Any, connected: Connect, request_of: Ask) -> None:
+def test_without_a_goal_all_devices_that_are_known_are_wanted(
+    stage: Stage, connected: Connect, request_of: Ask
+) -> None:
     stage.start()
     connection = connected()
     assert connection.run(request_of()).survivors == 4, "nobody is known yet, so the minimum is the goal"
     assert connection.run(request_of()).survivors == 5
 
 
-def test_the_purpose_may_be_said_once_for_all(stage: Any, connected: Connect, request_of: Ask) -> None:
+def test_the_purpose_may_be_said_once_for_all(stage: Stage, connected: Connect, request_of: Ask) -> None:
     stage.start()
     connected(goal=5, purpose="Is the school warm enough?").run(request_of())
     assert stage.journal.tasks()[-1].purpose == "Is the school warm enough?"
@@ -102,7 +104,7 @@ def test_the_purpose_may_be_said_once_for_all(stage: Any, connected: Connect, re
 
 @pytest.mark.parametrize("terminal", [True, False])
 def test_on_a_terminal_a_line_says_what_is_waited_for(
-    stage: Any,
+    stage: Stage,
     connected: Connect,
     request_of: Ask,
     monkeypatch: pytest.MonkeyPatch,
@@ -125,7 +127,9 @@ def test_on_a_terminal_a_line_says_what_is_waited_for(
         assert captured.err == ""
 
 
-def test_too_few_devices_are_reported_with_numbers_and_a_cure(stage: Any, connected: Connect, request_of: Ask) -> None:
+def test_too_few_devices_are_reported_with_numbers_and_a_cure(
+    stage: Stage, connected: Connect, request_of: Ask
+) -> None:
     for player in stage.players[2:]:
         player.silent = True
     stage.start()
@@ -136,7 +140,7 @@ def test_too_few_devices_are_reported_with_numbers_and_a_cure(stage: Any, connec
     assert caught.value.reason == "too_few_checked_in"
 
 
-def test_who_takes_a_request_out_is_reported(stage: Any, connected: Connect, request_of: Ask) -> None:
+def test_who_takes_a_request_out_is_reported(stage: Stage, connected: Connect, request_of: Ask) -> None:
     stage.start()
     stage.players[0].silent_at = Selected
     stage.players[1].note = lambda: stage.journal.end_task(1, "cancelled", "cancelled: by the coordinator's operator")
@@ -145,7 +149,7 @@ def test_who_takes_a_request_out_is_reported(stage: Any, connected: Connect, req
 
 
 def test_a_request_that_nobody_can_ask_for_again_is_taken_out_when_the_asker_gives_up(
-    stage: Any, connected: Connect, request_of: Ask
+    stage: Stage, connected: Connect, request_of: Ask
 ) -> None:
     def interrupt(seconds: float) -> None:
         raise KeyboardInterrupt
@@ -160,7 +164,7 @@ def test_a_request_that_nobody_can_ask_for_again_is_taken_out_when_the_asker_giv
 
 
 def test_without_a_coordinator_nothing_begins(
-    stage: Any, connected: Connect, request_of: Ask, running: FileLock
+    stage: Stage, connected: Connect, request_of: Ask, running: FileLock
 ) -> None:
     running.release()
     with pytest.raises(TransportError, match=r"no coordinator is running .* coordinator run --config coordinator.toml"):
@@ -168,7 +172,7 @@ def test_without_a_coordinator_nothing_begins(
 
 
 def test_a_coordinator_that_is_restarted_is_waited_for(
-    stage: Any, connected: Connect, request_of: Ask, running: FileLock
+    stage: Stage, connected: Connect, request_of: Ask, running: FileLock
 ) -> None:
     running.release()
     connection = connected(goal=5)
@@ -190,7 +194,7 @@ def test_a_coordinator_that_is_restarted_is_waited_for(
 
 
 def test_a_coordinator_that_does_not_come_back_is_not_waited_for(
-    stage: Any, connected: Connect, request_of: Ask, running: FileLock
+    stage: Stage, connected: Connect, request_of: Ask, running: FileLock
 ) -> None:
     running.release()
     begun_ms = stage.now_ms
@@ -200,13 +204,13 @@ def test_a_coordinator_that_does_not_come_back_is_not_waited_for(
 
 
 def test_a_coordinator_that_says_nothing_is_not_waited_for_for_ever(
-    stage: Any, connected: Connect, request_of: Ask
+    stage: Stage, connected: Connect, request_of: Ask
 ) -> None:
     with pytest.raises(RoundAbandoned, match="no_answer"):
         connected(timeout_s=5.0).run(request_of())
 
 
-def test_an_impossible_request_is_refused_before_it_is_asked(stage: Any, connected: Connect, request_of: Ask) -> None:
+def test_an_impossible_request_is_refused_before_it_is_asked(stage: Stage, connected: Connect, request_of: Ask) -> None:
     with pytest.raises(ConfigError, match=r"the values live on the devices"):
         connected().run(request_of(members=(b"x",)))
     with pytest.raises(ConfigError, match=r"say in `purpose`"):
@@ -249,7 +253,7 @@ def test_the_parts_of_a_round_fit_into_its_time() -> None:
 
 
 def test_connect_makes_the_fleet_the_place_where_computations_run(
-    stage: Any, connected: Connect, request_of: Ask
+    stage: Stage, connected: Connect, request_of: Ask
 ) -> None:
     config = stage.folder / "coordinator.toml"
     config.write_text('name = "coordinator"\nfleet = "choir"\n')

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tiny_tasks import Ask
 
 from coordinator.__main__ import main
 from coordinator.journal import Journal
@@ -25,7 +26,7 @@ from sottovoce.authority import create_authority, sign_request
 from sottovoce.blobs import digest_of
 from sottovoce.bundle import decode_bundle
 from sottovoce.file_lock import FileLock, is_held
-from sottovoce.language.ports import RoundRequest, RoundSums
+from sottovoce.language.ports import RoundSums
 from sottovoce.tensors import decode_tensors, encode_tensors
 
 Run = Callable[..., tuple[int, str, str]]
@@ -239,7 +240,7 @@ def test_released_sums_come_out_as_npz(home: Path, task_folder: Path, run: Run, 
 
 
 def test_a_request_is_shown_given_out_and_taken_out_like_a_task(
-    home: Path, run: Run, request_of: Callable[..., RoundRequest], tmp_path: Path
+    home: Path, run: Run, request_of: Ask, tmp_path: Path
 ) -> None:
     config, out = home / "coordinator.toml", tmp_path / "sums.npz"
     terms = RoundTerms(cohort=CohortTerms(goal=5, minimum=4))

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
+from memory_stage import Stage
+from tiny_tasks import Ask
 
 from coordinator.journal import Journal
 from coordinator.requests import check_request, decode_sums, encode_sums, plan_of
@@ -20,7 +22,6 @@ from sottovoce.language.ports import RoundRequest, RoundSums
 from sottovoce.plan import Aggregation, LocalWork, Plan, Quantised, decode_plan
 from sottovoce.wire.messages import Selected
 
-Ask = Callable[..., RoundRequest]
 TIME = Timing(selection_s=10, training_s=20, stage_s=5, retry_delay_s=1)
 TERMS = RoundTerms(cohort=CohortTerms(goal=5, minimum=4), time=TIME)
 A_MINUTE_MS = 60_000
@@ -145,20 +146,19 @@ def test_values_that_came_with_a_request_are_refused(request_of: Ask) -> None:
 # --- the coordinator runs them ----------------------------------------------------------------------------------------
 
 
-def answer_of(stage: Any, number: int) -> RoundSums:
-    assert stage.journal is not None
+def answer_of(stage: Stage, number: int) -> RoundSums:
     sums: RoundSums | None = stage.journal.answer(number).sums
     assert sums is not None, stage.journal.answer(number)
     return sums
 
 
-def ask_on(stage: Any, request: RoundRequest, **changed: Any) -> int:
+def ask_on(stage: Stage, request: RoundRequest, **changed: Any) -> int:
     """Ask from another process: by a connection of its own."""
     with Journal(stage.folder / "journal.sqlite") as journal:
         return ask(journal, request, now_ms=stage.now_ms, **changed)
 
 
-def test_a_request_is_picked_up_answered_and_never_run_again(stage: Any, request_of: Ask) -> None:
+def test_a_request_is_picked_up_answered_and_never_run_again(stage: Stage, request_of: Ask) -> None:
     stage.start()
     stage.settle()
     number = ask_on(stage, request_of("a/0"))
@@ -180,7 +180,7 @@ def test_a_request_is_picked_up_answered_and_never_run_again(stage: Any, request
     assert [(event["task"], event["status"], event["round"]) for event in finished] == [("mean_temperature", "done", 1)]
 
 
-def test_a_request_waits_for_one_round_of_a_task_and_not_for_all(stage: Any, request_of: Ask) -> None:
+def test_a_request_waits_for_one_round_of_a_task_and_not_for_all(stage: Stage, request_of: Ask) -> None:
     stage.submit("tiny")
     for key in ("a/0", "a/1"):
         ask_on(stage, request_of(key))
@@ -191,7 +191,7 @@ def test_a_request_waits_for_one_round_of_a_task_and_not_for_all(stage: Any, req
     ]  # fmt: skip
 
 
-def test_a_task_that_waits_to_be_tried_again_holds_up_no_request(stage: Any, request_of: Ask) -> None:
+def test_a_task_that_waits_to_be_tried_again_holds_up_no_request(stage: Stage, request_of: Ask) -> None:
     text = (stage.folder / "tiny.toml").read_text().replace("retry_delay_s = 1", "retry_delay_s = 1000")
     (stage.folder / "tiny.toml").write_text(text.replace("minimum = 4", "minimum = 5"))
     stage.submit("tiny")
@@ -203,7 +203,7 @@ def test_a_task_that_waits_to_be_tried_again_holds_up_no_request(stage: Any, req
     assert answer_of(stage, number).survivors == 4
 
 
-def test_after_its_deadline_a_request_fails_with_the_reason_that_says_most(stage: Any, request_of: Ask) -> None:
+def test_after_its_deadline_a_request_fails_with_the_reason_that_says_most(stage: Stage, request_of: Ask) -> None:
     for player in stage.players[:3]:
         player.silent = True
     stage.start()
@@ -217,7 +217,7 @@ def test_after_its_deadline_a_request_fails_with_the_reason_that_says_most(stage
     assert stage.events[-1]["status"] == "failed"
 
 
-def test_a_round_in_flight_ends_when_its_request_is_out_of_time(stage: Any, request_of: Ask) -> None:
+def test_a_round_in_flight_ends_when_its_request_is_out_of_time(stage: Stage, request_of: Ask) -> None:
     stage.players[0].silent_at = Selected
     patient = msgspec.structs.replace(TERMS, time=Timing(training_s=10_000), cohort=CohortTerms(goal=5, minimum=4))
     stage.start()
@@ -227,7 +227,7 @@ def test_a_round_in_flight_ends_when_its_request_is_out_of_time(stage: Any, requ
     assert stage.journal.answer(number).reason.startswith("deadline: it ended in the phase configuration")
 
 
-def test_a_request_that_never_got_its_turn_says_so(stage: Any, request_of: Ask) -> None:
+def test_a_request_that_never_got_its_turn_says_so(stage: Stage, request_of: Ask) -> None:
     with Journal(stage.folder / "journal.sqlite") as journal:
         number = ask(journal, request_of(), now_ms=stage.now_ms - 2 * A_MINUTE_MS)
     stage.start()
@@ -236,7 +236,7 @@ def test_a_request_that_never_got_its_turn_says_so(stage: Any, request_of: Ask) 
     assert stage.journal.rounds() == []
 
 
-def test_a_request_taken_out_ends_its_round(stage: Any, request_of: Ask) -> None:
+def test_a_request_taken_out_ends_its_round(stage: Stage, request_of: Ask) -> None:
     stage.players[0].silent_at = Selected
     stage.start()
     number = ask_on(stage, request_of("a/0"))
@@ -280,7 +280,7 @@ def dying_journal(path: Path, method: str, *, before: bool, times: int) -> Journ
     ],
 )
 def test_wherever_the_coordinator_dies_every_request_has_one_committed_round(
-    stage: Any, request_of: Ask, method: str, times: int, before: bool
+    stage: Stage, request_of: Ask, method: str, times: int, before: bool
 ) -> None:
     """Between commit and outcome above all: the sums are there, and the outcome is published by the successor."""
     keys = ["a/0", "a/1"]

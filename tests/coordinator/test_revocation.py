@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import datetime
 from pathlib import Path
-from typing import Any
 
 import pytest
+from choir import AT, Choir
 from cryptography import x509
 
 from coordinator.revocation import RevocationList
 from sottovoce.authority import create_authority
 from sottovoce.errors import ConfigError
 
-AT = datetime.datetime(2026, 12, 1, tzinfo=datetime.UTC)
-
 
 @pytest.fixture
-def listed(choir: Any, tmp_path: Path) -> RevocationList:
+def listed(choir: Choir, tmp_path: Path) -> RevocationList:
     path = tmp_path / "revoked.pem"
     path.write_bytes(choir.revoke(choir.names(8)[-1]))
-    return RevocationList(path, x509.load_pem_x509_certificate(choir.authority_pem))
+    return RevocationList(path, choir.authority.certificate)
 
 
-def test_a_list_is_read_again_only_when_it_is_another(listed: RevocationList, choir: Any) -> None:
+def test_a_list_is_read_again_only_when_it_is_another(listed: RevocationList, choir: Choir) -> None:
     serials = {
         name: x509.load_der_x509_certificate(choir.devices[name].certificate.der).serial_number
         for name in choir.names(8)

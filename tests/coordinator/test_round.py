@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from msgspec.structs import replace
+from round_bench import Bench, MakeBench
 
 from coordinator.phases import (
     Abandoned,
@@ -45,7 +44,6 @@ from sottovoce.wire.messages import (
     Withdraw,
 )
 
-MakeBench = Callable[..., Any]
 DOCUMENT = Path(__file__).parents[2] / "docs" / "coordinator.md"
 
 
@@ -101,7 +99,7 @@ _PHASE_TYPES = {
 _PHASE_NAMES = {phase.__name__ for phase in _PHASE_TYPES.values()}
 
 
-def _bench_in(bench: MakeBench, phase: str) -> Any:
+def _bench_in(bench: MakeBench, phase: str) -> Bench:
     b = bench(4)
     if phase == "selection":
         return b
@@ -114,12 +112,12 @@ def _bench_in(bench: MakeBench, phase: str) -> Any:
     return b
 
 
-def _abandon(b: Any) -> Any:
+def _abandon(b: Bench) -> Bench:
     b.perform(b.round.abandon("test"))
     return b
 
 
-def _message(b: Any, kind: type[Message]) -> Message:
+def _message(b: Bench, kind: type[Message]) -> Message:
     device = b.devices["pi-00"]
     blank = bytes(32)
     certificate = device.identity.certificate.der

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
+from round_bench import Bench, MakeBench
 
 from coordinator.phases import Configuration, DevicesDropped, DeviceWithdrew, Reporting, Selection
 from sottovoce.errors import ConflictingMessage, MalformedMessage, Replayed
@@ -20,13 +20,10 @@ from sottovoce.wire.messages import (
     Withdraw,
 )
 
-MakeBench = Callable[..., Any]
-
-
 # --- selection --------------------------------------------------------------------------------------------------------
 
 
-def _quiet(b: Any) -> Any:
+def _quiet(b: Bench) -> Bench:
     """Devices that check in and then do nothing."""
     for device in b.devices.values():
         device.silent_at = Selected
@@ -96,6 +93,7 @@ def test_who_withdraws_may_check_in_again_while_selection_lasts(bench: MakeBench
     b.check_in(["pi-00", "pi-01", "pi-02"])
     b.say("pi-00", Withdraw(code="policy"))
     b.check_in(["pi-00"])
+    assert isinstance(b.round.phase, Selection)
     assert set(b.round.phase.checked_in) == {"pi-00", "pi-01", "pi-02"}
 
 
@@ -106,6 +104,7 @@ def test_nobody_fills_the_events_by_checking_in_and_withdrawing(bench: MakeBench
         b.say("pi-00", Withdraw(code="policy"))
     assert len([effect for effect in b.effects if isinstance(effect, DeviceWithdrew)]) == 4
     assert b.refused == ["conflicting"] * 46
+    assert isinstance(b.round.phase, Selection)
     assert b.round.phase.withdrawn == {"pi-00"}
 
 
@@ -115,6 +114,7 @@ def test_a_withdrawal_gives_a_short_code_or_is_refused(bench: MakeBench, code: s
     b.check_in(["pi-00"])
     with pytest.raises(MalformedMessage):
         b.round.receive(b.opened("pi-00", Withdraw(code=code)), b.now_ms)
+    assert isinstance(b.round.phase, Selection)
     assert set(b.round.phase.checked_in) == {"pi-00"}
 
 

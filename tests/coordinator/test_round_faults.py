@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
 import pytest
+from round_bench import MakeBench
 
 from coordinator.phases import Reporting, Send
 from sottovoce.wire.chunks import VectorChunk
@@ -23,7 +21,6 @@ from sottovoce.wire.messages import (
     Withdraw,
 )
 
-MakeBench = Callable[..., Any]
 _STAGES = {
     "advertise_keys": AdvertiseKeysRequest,
     "share_keys": Roster,

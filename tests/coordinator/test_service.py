@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cryptography import x509
+from memory_stage import Stage
+from scripted_devices import ScriptedDevice
 
 from coordinator.journal import Journal
 from coordinator.revocation import RevocationList
@@ -37,11 +38,10 @@ from sottovoce.wire.topics import Topics
 pytestmark = pytest.mark.filterwarnings("error")
 
 
-def test_a_task_runs_to_its_end_and_everybody_gets_the_trained_state(stage: Any) -> None:
+def test_a_task_runs_to_its_end_and_everybody_gets_the_trained_state(stage: Stage) -> None:
     stage.submit("tiny")
     stage.start()
     stage.run(30, until=stage.done)
-    assert stage.journal is not None
     assert [task.status for task in stage.journal.tasks()] == ["done"]
     rounds = stage.journal.rounds()
     assert [(row.phase, row.round, row.attempt, len(row.survivors)) for row in rounds] == [
@@ -60,7 +60,7 @@ def test_a_task_runs_to_its_end_and_everybody_gets_the_trained_state(stage: Any)
     assert f"sv1/choir/all/blob/{digest_of(final[0]).hex()}/0" in retained
 
 
-def test_the_events_file_tells_the_round_in_order(stage: Any) -> None:
+def test_the_events_file_tells_the_round_in_order(stage: Stage) -> None:
     stage.submit("tiny")
     stage.start()
     stage.players[4].silent_at = MaskedInputRequest
@@ -76,7 +76,7 @@ def test_the_events_file_tells_the_round_in_order(stage: Any) -> None:
     assert first[7]["reason"] == "too_few_devices"
 
 
-def test_a_committed_event_has_the_accounts_of_the_round(stage: Any) -> None:
+def test_a_committed_event_has_the_accounts_of_the_round(stage: Stage) -> None:
     stage.submit("tiny")
     stage.start()
     stage.run(30, until=stage.done)
@@ -95,7 +95,7 @@ def test_a_committed_event_has_the_accounts_of_the_round(stage: Any) -> None:
     }  # fmt: skip
 
 
-def test_inputs_are_standardised_by_a_first_round_and_sums_are_released(stage: Any) -> None:
+def test_inputs_are_standardised_by_a_first_round_and_sums_are_released(stage: Stage) -> None:
     text = (
         (stage.folder / "tiny.toml").read_text()
         + """
@@ -116,7 +116,6 @@ bits = 40
     stage.submit("moments")
     stage.start()
     stage.run(60, until=stage.done)
-    assert stage.journal is not None
     plans = [row.plan_name for row in stage.journal.rounds()]
     assert plans == ["tiny-moments", "tiny", "tiny", "moments"]
     kept = stage.journal.state_at(1, 3)
@@ -131,7 +130,7 @@ bits = 40
     assert decode_tensors(released[1])["count"] == 20.0
 
 
-def _final_states(stage: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+def _final_states(stage: Stage) -> tuple[dict[str, Any], dict[str, Any]]:
     """What devices have and what the server has after the last round of task 1."""
     given, kept = stage.journal.state_at(1, 2), stage.journal.server_state_at(1, 2)
     assert given is not None
@@ -140,7 +139,9 @@ def _final_states(stage: Any) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 @pytest.mark.parametrize("crash", [False, True])
-def test_the_moments_of_a_server_optimizer_outlive_a_crash_and_never_leave_the_server(stage: Any, crash: bool) -> None:
+def test_the_moments_of_a_server_optimizer_outlive_a_crash_and_never_leave_the_server(
+    stage: Stage, crash: bool
+) -> None:
     text = (stage.folder / "tiny.toml").read_text()
     lines = 'learning_rate = 0.25\nserver = "adam"\nserver_learning_rate = 0.1\nserver_tau = 0.125'
     (stage.folder / "tiny.toml").write_text(text.replace("learning_rate = 0.25", lines))
@@ -169,7 +170,7 @@ def test_the_moments_of_a_server_optimizer_outlive_a_crash_and_never_leave_the_s
         assert array.tobytes() not in published
 
 
-def test_announcements_form_a_chain_and_only_needed_blobs_stay_at_the_broker(stage: Any) -> None:
+def test_announcements_form_a_chain_and_only_needed_blobs_stay_at_the_broker(stage: Stage) -> None:
     stage.submit("tiny")
     stage.start()
     seen: list[tuple[bytes, bytes]] = []
@@ -193,7 +194,7 @@ def test_announcements_form_a_chain_and_only_needed_blobs_stay_at_the_broker(sta
 
 @pytest.mark.parametrize("crash_after", range(3, 80, 9))
 def test_after_a_crash_at_any_point_the_task_goes_on_from_the_last_committed_round(
-    stage: Any, crash_after: int
+    stage: Stage, crash_after: int
 ) -> None:
     """The coordinator dies after so many deliveries; its successor abandons what was in flight and goes on."""
     stage.submit("tiny")
@@ -207,7 +208,6 @@ def test_after_a_crash_at_any_point_the_task_goes_on_from_the_last_committed_rou
     stage.crash()
     stage.start()
     stage.run(120, until=stage.done)
-    assert stage.journal is not None
     assert [task.status for task in stage.journal.tasks()] == ["done"]
     rows = stage.journal.rounds()
     committed = [row for row in rows if row.phase == "committed"]
@@ -224,7 +224,7 @@ def test_after_a_crash_at_any_point_the_task_goes_on_from_the_last_committed_rou
     assert wanted <= digests
 
 
-def test_blobs_that_an_earlier_run_left_behind_are_cleared(stage: Any) -> None:
+def test_blobs_that_an_earlier_run_left_behind_are_cleared(stage: Stage) -> None:
     leftover = Topics("choir").blob_chunk(b"l" * 32, 0)
     stage.transport = MemoryTransport(stage.broker, "coordinator")
     stage.transport.publish(leftover, b"left behind", retain=True)
@@ -235,7 +235,7 @@ def test_blobs_that_an_earlier_run_left_behind_are_cleared(stage: Any) -> None:
     assert leftover not in stage.broker.retained()
 
 
-def test_a_broker_that_forgot_everything_is_given_everything_again(stage: Any) -> None:
+def test_a_broker_that_forgot_everything_is_given_everything_again(stage: Stage) -> None:
     stage.submit("tiny")
     stage.start()
     stage.run(30, until=stage.done)
@@ -246,13 +246,12 @@ def test_a_broker_that_forgot_everything_is_given_everything_again(stage: Any) -
     assert after == before
 
 
-def test_stopping_abandons_the_round_and_tells_everybody(stage: Any) -> None:
+def test_stopping_abandons_the_round_and_tells_everybody(stage: Stage) -> None:
     stage.submit("tiny")
     stage.start()
     stage.players[0].silent_at = Selected
     stage.settle()
     assert stage.service is not None
-    assert stage.journal is not None
     stage.service.stop(stage.now_ms)
     assert stage.service.flushed
     assert [(row.phase, row.reason) for row in stage.journal.rounds()] == [("abandoned", "coordinator_stopped")]
@@ -261,31 +260,29 @@ def test_stopping_abandons_the_round_and_tells_everybody(stage: Any) -> None:
     assert [outcome.reason for outcome in stage.players[1].outcomes] == ["coordinator_stopped"]
 
 
-def test_a_cancelled_task_ends_its_round(stage: Any) -> None:
+def test_a_cancelled_task_ends_its_round(stage: Stage) -> None:
     stage.submit("tiny")
     stage.start()
     stage.players[0].silent_at = Selected
     stage.settle()
-    assert stage.journal is not None
     stage.journal.end_task(1, "cancelled")
     stage.run(3)
     assert [row.reason for row in stage.journal.rounds()] == ["cancelled"]
 
 
-def test_a_task_whose_bundle_is_damaged_fails_with_its_reason_and_the_next_one_runs(stage: Any) -> None:
+def test_a_task_whose_bundle_is_damaged_fails_with_its_reason_and_the_next_one_runs(stage: Stage) -> None:
     stage.submit("tiny")
     with Journal(stage.folder / "journal.sqlite") as journal:
         journal._db.execute("UPDATE blobs SET content = x'00'")
     stage.submit("moments")
     stage.start()
     stage.run(60, until=stage.done)
-    assert stage.journal is not None
     first, second = stage.journal.tasks()
     assert (first.status, second.status) == ("failed", "done")
     assert "bundle" in first.reason
 
 
-def test_a_state_that_another_release_wrote_fails_its_task_and_not_the_coordinator(stage: Any) -> None:
+def test_a_state_that_another_release_wrote_fails_its_task_and_not_the_coordinator(stage: Stage) -> None:
     stage.submit("tiny")
     with Journal(stage.folder / "journal.sqlite") as journal:
         journal.begin_task(1, state=encode_tensors({"kernel": np.zeros((3, 2), np.float32)}), broadcast=b"")
@@ -300,7 +297,7 @@ def test_a_state_that_another_release_wrote_fails_its_task_and_not_the_coordinat
 # --- what others do wrong ---------------------------------------------------------------------------------------------
 
 
-def test_hostile_messages_are_counted_and_the_round_goes_on(stage: Any, choir: Any) -> None:
+def test_hostile_messages_are_counted_and_the_round_goes_on(stage: Stage, choir: Any) -> None:
     stage.submit("tiny")
     stage.start()
     stage.players[4].silent_at = Selected
@@ -322,7 +319,6 @@ def test_hostile_messages_are_counted_and_the_round_goes_on(stage: Any, choir: A
     stage.run(30, until=stage.done)
     stage.now_ms += 2000
     stage.settle()
-    assert stage.journal is not None
     refusals = stage.journal.refusals()
     assert {"malformed", "bad_signature", "replayed", "unexpected"} <= set(refusals)
     assert "internal_error" not in refusals
@@ -335,7 +331,7 @@ def test_hostile_messages_are_counted_and_the_round_goes_on(stage: Any, choir: A
     [(ZeroDivisionError, 1), (LowOrderPoint, 2)],  # What looks like a bad message is first blamed on one.
 )
 def test_a_bug_costs_the_round_and_not_the_coordinator(
-    stage: Any, caplog: pytest.LogCaptureFixture, bug: type[Exception], times: int
+    stage: Stage, caplog: pytest.LogCaptureFixture, bug: type[Exception], times: int
 ) -> None:
     broken = [True] * times
 
@@ -347,12 +343,11 @@ def test_a_bug_costs_the_round_and_not_the_coordinator(
     stage.submit("tiny")
     stage.start(entropy=entropy)
     stage.run(60, until=stage.done)
-    assert stage.journal is not None
     assert [row.reason for row in stage.journal.rounds()] == ["internal_error", "", ""]
     assert bug.__name__ in caplog.text
 
 
-def test_logging_is_bounded_however_many_messages_are_refused(stage: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_logging_is_bounded_however_many_messages_are_refused(stage: Stage, caplog: pytest.LogCaptureFixture) -> None:
     stage.start()
     for _ in range(500):
         stage.players[0].transport.publish(stage.players[0].topics.up_message("pi-00"), b"nonsense")
@@ -361,7 +356,7 @@ def test_logging_is_bounded_however_many_messages_are_refused(stage: Any, caplog
     assert len([record for record in caplog.records if "refused" in record.message]) == 1
 
 
-def test_who_speaks_of_an_old_round_is_told_once_that_it_is_over(stage: Any) -> None:
+def test_who_speaks_of_an_old_round_is_told_once_that_it_is_over(stage: Stage) -> None:
     stage.submit("tiny")
     stage.start()
     stage.run(30, until=stage.done)
@@ -373,12 +368,11 @@ def test_who_speaks_of_an_old_round_is_told_once_that_it_is_over(stage: Any) -> 
     assert player.device.heard == [RoundOver(reason="over")]
 
 
-def test_a_broker_that_loses_repeats_and_reorders_does_not_stop_the_task(stage: Any) -> None:
+def test_a_broker_that_loses_repeats_and_reorders_does_not_stop_the_task(stage: Stage) -> None:
     stage.broker.faults = type(stage.broker.faults)(loss=0.2, duplicate=0.2, reorder=0.2)
     stage.submit("tiny")
     stage.start()
     stage.run(300, until=stage.done)
-    assert stage.journal is not None
     assert [task.status for task in stage.journal.tasks()] == ["done"]
 
 
@@ -401,13 +395,14 @@ def _everything_reachable(root: object) -> list[object]:
     return list(seen.values())
 
 
-def test_nothing_of_a_single_device_is_left_after_the_rounds(stage: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_nothing_of_a_single_device_is_left_after_the_rounds(stage: Stage, caplog: pytest.LogCaptureFixture) -> None:
     """One device's update is a pattern; afterwards it is looked for plain, quantised and masked, everywhere."""
     masked: list[bytes] = []
-    original = stage.scripted
+    player = stage.players[2]
+    original = player.scripted
 
-    def with_pattern(name: str, plan: Plan, digest: bytes, state: dict[str, Any]) -> Any:
-        device = original(name, plan, digest, state)
+    def with_pattern(plan: Plan, digest: bytes) -> ScriptedDevice:
+        device = original(plan, digest)
         device.values["delta"] = [PATTERN]
         return device
 
@@ -417,7 +412,6 @@ def test_nothing_of_a_single_device_is_left_after_the_rounds(stage: Any, caplog:
             masked.append(bytes(session.masked_vector))
         return False
 
-    player = stage.players[2]
     player.scripted, player.note = with_pattern, note_what_is_uploaded
     stage.submit("tiny")
     stage.start()
@@ -440,7 +434,7 @@ def test_nothing_of_a_single_device_is_left_after_the_rounds(stage: Any, caplog:
     ]
 
 
-def test_the_search_for_single_updates_would_find_one(stage: Any) -> None:
+def test_the_search_for_single_updates_would_find_one(stage: Stage) -> None:
     stage.start()
     assert stage.service is not None
     stage.service._refusals.planted = bytearray(b"--" + PATTERN.tobytes())  # type: ignore[attr-defined]
@@ -452,11 +446,11 @@ def test_the_search_for_single_updates_would_find_one(stage: Any) -> None:
 
 
 def test_a_list_of_revoked_certificates_is_read_again_when_it_changes(
-    stage: Any, caplog: pytest.LogCaptureFixture
+    stage: Stage, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Also one that is copied only by half: it is named once, and the one before stays in force."""
     caplog.set_level(logging.INFO)
-    authority = x509.load_pem_x509_certificate(stage.choir.authority_pem)
+    authority = stage.choir.authority.certificate
     path = stage.folder / "revoked.pem"
     path.write_bytes(stage.choir.revoke(stage.choir.names(6)[-1]))
     revoked = RevocationList(path, authority)

@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from participation_machine import NOW, SESSION, Machine, announce, machine_of, plan_arrives, sent
+from participation_machine import NOW, SESSION, Machine, announce, plan_arrives, sent
 
 from edge_agent.effects import Entry, FetchPlan, KeepPublished, LocalFacts, Log, PlanFetched, Settle
 from edge_agent.participation import Participation
@@ -15,11 +15,6 @@ from sottovoce.blobs import blob_ref, digest_of
 from sottovoce.errors import Replayed
 from sottovoce.plan import Aggregation, Counted, Extraction, ParticipationTerms
 from sottovoce.wire.messages import CheckIn, Outcome, Withdraw
-
-
-@pytest.fixture
-def machine(motionless_world: Any) -> Machine:
-    return machine_of(motionless_world)
 
 
 def test_an_announcement_is_answered_when_its_plan_is_known(machine: Machine) -> None:

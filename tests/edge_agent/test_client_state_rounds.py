@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import signal
 import subprocess
@@ -14,10 +13,13 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from memory_world import World, visits_world
 
 from edge_agent.client_states import ClientStates, forget_client_states
 from edge_agent.examples import ExampleStore
+from edge_agent.home import Home
 from edge_agent.policy import Policy
+from sottovoce.blobs import canonical
 from sottovoce.bundle import decode_bundle
 from sottovoce.plan import LocalWork
 from sottovoce.tensors import encode_tensors
@@ -28,44 +30,28 @@ READINGS = {f"pi-{number}": 10.0**number for number in range(6)}
 DEVICES = list(READINGS)
 
 
-def conftest_module() -> Any:
-    """The fleet of conftest.py, for processes of their own too."""
-    spec = importlib.util.spec_from_file_location("edge_agent_fleet", Path(__file__).parent / "conftest.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def fleet_module() -> Any:
-    return conftest_module()
-
-
 @pytest.fixture
-def visits(tmp_path: Path, fleet_module: Any) -> Iterator[Any]:
+def visits(tmp_path: Path) -> Iterator[World]:
     """Six enrolled devices, each with one reading of its own."""
-    world = fleet_module.visits_world(tmp_path)
+    world = visits_world(tmp_path)
     enrol(world)
     yield world
     for name in list(world.agents):
         world.kill(name)
 
 
-def enrol(world: Any) -> None:
+def enrol(world: World) -> None:
     for name, reading in READINGS.items():
         world.enrol(name, examples={"temperature": np.array([reading])}, collection="readings")
 
 
-def start(world: Any) -> list[str]:
+def start(world: World) -> list[str]:
     for name in DEVICES:
         world.start(name)
     return DEVICES
 
 
-def train(world: Any, number: int, *, attempt: int = 0, devices: list[str] = DEVICES) -> None:
+def train(world: World, number: int, *, attempt: int = 0, devices: list[str] = DEVICES) -> None:
     world.coordinator.announce(number, attempt)
     world.settle()
     world.coordinator.select(devices)
@@ -77,14 +63,14 @@ def sums(aggregate: Any) -> tuple[float, float]:
     return float(aggregate.sums["now"][0][0]), float(aggregate.sums["before"][0][0])
 
 
-def next_state(world: Any, number: int) -> None:
+def next_state(world: World, number: int) -> None:
     """The state of every round is another one, or the device would refuse to answer it so often."""
     world.coordinator.state_bytes = encode_tensors({}) if number == 1 else b"\x80"
     plan = world.coordinator.plan
     world.coordinator.plan = msgspec.structs.replace(plan, work=LocalWork(batch_size=2 + number, order="stored"))
 
 
-def kept(world: Any, name: str) -> tuple[float, int]:
+def kept(world: World, name: str) -> tuple[float, int]:
     """What the device has kept: the total of all committed rounds, and how many they were."""
     setup = world.setup(name)
     store = ClientStates(
@@ -97,7 +83,7 @@ def kept(world: Any, name: str) -> tuple[float, int]:
     return (0.0, 0) if reading is None else (float(reading.values["total"][0]), int(reading.values["rounds"][0]))
 
 
-def test_every_round_begins_with_what_the_committed_rounds_have_left(visits: Any) -> None:
+def test_every_round_begins_with_what_the_committed_rounds_have_left(visits: World) -> None:
     start(visits)
     for number, before in ((1, 0.0), (2, 111111.0), (3, 222222.0)):
         next_state(visits, number)
@@ -108,7 +94,7 @@ def test_every_round_begins_with_what_the_committed_rounds_have_left(visits: Any
     assert {name: kept(visits, name) for name in DEVICES} == {name: (3 * READINGS[name], 3) for name in DEVICES}
 
 
-def test_only_survivors_keep_what_they_computed(visits: Any) -> None:
+def test_only_survivors_keep_what_they_computed(visits: World) -> None:
     start(visits)
     train(visits, 1)
     visits.run_rendezvous(DEVICES)
@@ -127,7 +113,7 @@ def test_only_survivors_keep_what_they_computed(visits: Any) -> None:
     assert sums(visits.run_rendezvous(DEVICES)) == (111111.0, 11111.0)
 
 
-def test_a_device_that_is_dropped_in_the_rendezvous_keeps_the_old_value(visits: Any) -> None:
+def test_a_device_that_is_dropped_in_the_rendezvous_keeps_the_old_value(visits: World) -> None:
     start(visits)
     train(visits, 1)
     visits.coordinator.open_rendezvous(DEVICES)
@@ -152,7 +138,7 @@ def test_a_device_that_is_dropped_in_the_rendezvous_keeps_the_old_value(visits: 
     }
 
 
-def test_an_abandoned_round_leaves_the_old_value_and_its_next_attempt_begins_with_it(visits: Any) -> None:
+def test_an_abandoned_round_leaves_the_old_value_and_its_next_attempt_begins_with_it(visits: World) -> None:
     start(visits)
     train(visits, 1)
     assert sums(visits.run_rendezvous(DEVICES)) == (111111.0, 0.0)
@@ -166,7 +152,7 @@ def test_an_abandoned_round_leaves_the_old_value_and_its_next_attempt_begins_wit
     assert kept(visits, "pi-0") == (1.0, 1)
 
 
-def test_a_result_that_was_not_sent_waits_with_its_client_state(visits: Any) -> None:
+def test_a_result_that_was_not_sent_waits_with_its_client_state(visits: World) -> None:
     start(visits)
     train(visits, 1)
     batches = visits.agents["pi-0"]._bench.batches
@@ -182,7 +168,7 @@ def test_a_result_that_was_not_sent_waits_with_its_client_state(visits: Any) -> 
     assert kept(visits, "pi-0") == (1.0, 1)
 
 
-def test_killed_after_masking_it_hears_the_retained_outcome(visits: Any) -> None:
+def test_killed_after_masking_it_hears_the_retained_outcome(visits: World) -> None:
     start(visits)
     train(visits, 1)
     visits.run_rendezvous(DEVICES)
@@ -194,7 +180,7 @@ def test_killed_after_masking_it_hears_the_retained_outcome(visits: Any) -> None
     assert kept(visits, "pi-0") == (1.0, 1)
 
 
-def test_whoever_misses_the_outcome_keeps_the_old_value(visits: Any) -> None:
+def test_whoever_misses_the_outcome_keeps_the_old_value(visits: World) -> None:
     """The retained outcome is of a later round: nothing signed says any more that its update is in the sum."""
     start(visits)
     train(visits, 1)
@@ -216,7 +202,7 @@ def test_whoever_misses_the_outcome_keeps_the_old_value(visits: Any) -> None:
     assert sums(visits.run_rendezvous(DEVICES)) == (111111.0, 2 * 111110.0)
 
 
-def test_an_outcome_that_comes_after_the_next_announcement_still_counts(visits: Any) -> None:
+def test_an_outcome_that_comes_after_the_next_announcement_still_counts(visits: World) -> None:
     """Topics have no order among each other: the next round may be heard of first."""
     start(visits)
     train(visits, 1)
@@ -237,7 +223,7 @@ def test_an_outcome_that_comes_after_the_next_announcement_still_counts(visits: 
 # --- the owner --------------------------------------------------------------------------------------------------------
 
 
-def test_a_program_that_keeps_more_than_the_owner_allows_is_refused(visits: Any) -> None:
+def test_a_program_that_keeps_more_than_the_owner_allows_is_refused(visits: World) -> None:
     visits.policy = Policy(minimum_cohort=3, minimum_honest_survivors=2, max_client_state_bytes=10)
     start(visits)
     train(visits, 1)
@@ -245,7 +231,7 @@ def test_a_program_that_keeps_more_than_the_owner_allows_is_refused(visits: Any)
     assert visits.agents["pi-0"]._bench.batches == 0
 
 
-def test_what_the_owner_forgets_in_the_middle_of_a_round_is_not_kept(visits: Any) -> None:
+def test_what_the_owner_forgets_in_the_middle_of_a_round_is_not_kept(visits: World) -> None:
     start(visits)
     train(visits, 1)
     forget_client_states(visits.homes["pi-0"].client_states)
@@ -259,17 +245,17 @@ def test_what_the_owner_forgets_in_the_middle_of_a_round_is_not_kept(visits: Any
 # --- newest examples --------------------------------------------------------------------------------------------------
 
 
-def latest_only(world: Any) -> None:
+def latest_only(world: World) -> None:
     work = LocalWork(batch_size=1, max_examples=1, order="stored")
     world.coordinator.plan = msgspec.structs.replace(world.coordinator.plan, work=work)
 
 
-def read_again(world: Any, name: str, reading: float) -> None:
+def read_again(world: World, name: str, reading: float) -> None:
     with ExampleStore(world.homes[name].examples) as store:
         store.add("readings", {"temperature": np.array([reading])}, now_s=world.at.timestamp())
 
 
-def answered(world: Any, number: int) -> float:
+def answered(world: World, number: int) -> float:
     train(world, number)
     now, _ = sums(world.run_rendezvous(DEVICES))
     world.coordinator.outcome(committed=True, survivors=DEVICES)
@@ -277,7 +263,7 @@ def answered(world: Any, number: int) -> float:
     return now
 
 
-def test_a_question_is_answered_again_when_there_is_something_new_to_say(visits: Any) -> None:
+def test_a_question_is_answered_again_when_there_is_something_new_to_say(visits: World) -> None:
     latest_only(visits)
     start(visits)
     assert [answered(visits, number) for number in (1, 2)] == [111111.0, 111111.0]
@@ -288,7 +274,7 @@ def test_a_question_is_answered_again_when_there_is_something_new_to_say(visits:
     assert answered(visits, 4) == 12.0
 
 
-def test_an_unsent_result_is_not_passed_off_as_the_newest(visits: Any) -> None:
+def test_an_unsent_result_is_not_passed_off_as_the_newest(visits: World) -> None:
     latest_only(visits)
     start(visits)
     train(visits, 1)
@@ -304,9 +290,10 @@ _CHILD = f"""
 import os, signal, sys
 from pathlib import Path
 sys.path[:0] = [{str(ROOT)!r}, {str(Path(__file__).parent)!r}]
-from test_client_state_rounds import conftest_module, enrol, start, train, DEVICES
+from memory_world import visits_world
+from test_client_state_rounds import enrol, start, train, DEVICES
 folder, when, label, count = Path(sys.argv[1]), *sys.argv[2:4], int(sys.argv[4])
-world = conftest_module().visits_world(folder)
+world = visits_world(folder)
 enrol(world)
 start(world)
 from edge_agent.performer import Performer
@@ -357,15 +344,15 @@ KILLS: list[tuple[str, str, int, list[str], int]] = [
     ids=[f"{when}-{label}-{n}" for when, label, n, *_ in KILLS],
 )
 def test_a_kill_between_any_two_effects_commits_for_survivors_and_for_nobody_else(
-    tmp_path: Path, fleet_module: Any, when: str, label: str, count: int, survivors: list[str], rounds: int
+    tmp_path: Path, when: str, label: str, count: int, survivors: list[str], rounds: int
 ) -> None:
     killed = subprocess.run([sys.executable, "-c", _CHILD, str(tmp_path), when, label, str(count)], cwd=ROOT)
     assert killed.returncode == -signal.SIGKILL
-    world = fleet_module.visits_world(tmp_path)
-    world.homes = {name: fleet_module.Home(tmp_path / name) for name in DEVICES}
+    world = visits_world(tmp_path)
+    world.homes = {name: Home(tmp_path / name) for name in DEVICES}
     coordinator = world.coordinator
     coordinator.round, coordinator.announced = 1, (tmp_path / "announced").read_bytes()
-    for content in (fleet_module.canonical(coordinator.plan), coordinator.bundle_bytes, coordinator.state_bytes):
+    for content in (canonical(coordinator.plan), coordinator.bundle_bytes, coordinator.state_bytes):
         coordinator.publish_blob(content)
     coordinator.transport.publish(coordinator.topics.round(), (tmp_path / "announcement").read_bytes(), retain=True)
     coordinator.outcome(committed=True, survivors=survivors)

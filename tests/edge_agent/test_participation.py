@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from participation_machine import ANNOUNCED, NOW, SESSION, STATES, Machine, machine_of, sent
+from participation_machine import ANNOUNCED, NOW, SESSION, STATES, Machine, sent
 
 from edge_agent.effects import (
     AdvanceRound,
@@ -74,11 +74,6 @@ EVENTS: dict[type[Event], Event] = {
     WorkFinished: WorkFinished(),
     ContributionLoaded: ContributionLoaded(Contribution({}, 1)),
 }
-
-
-@pytest.fixture
-def machine(motionless_world: Any) -> Machine:
-    return machine_of(motionless_world)
 
 
 PAIRS = [(state, kind) for state, kind in itertools.product(STATES, COORDINATOR_MESSAGES) if kind is not Announcement]

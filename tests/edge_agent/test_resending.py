@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import pytest
-from participation_machine import NOW, SESSION, Machine, announce, machine_of, plan_arrives, sent
+from participation_machine import NOW, SESSION, Machine, announce, plan_arrives, sent
 
 from edge_agent.announcements import GRACE_MS
 from edge_agent.states import CheckedIn, Uploading, Watching
 from sottovoce.wire.messages import Ready, Selected, UploadSlot
-
-
-@pytest.fixture
-def machine(motionless_world: Any) -> Machine:
-    return machine_of(motionless_world)
 
 
 def test_a_question_is_repeated_until_it_is_answered(machine: Machine) -> None:
