@@ -97,3 +97,21 @@ def test_an_export_leaves_the_layer_as_it_was(filled: dict[str, Array]) -> None:
     export(model, **SETTINGS)
     np.testing.assert_array_equal(model(example()), before)
     assert np.isfinite(np.asarray(first.mean)).all()
+
+
+@pytest.mark.slow
+def test_a_training_whose_batches_grow_is_the_same_however_the_memory_lies() -> None:
+    """With one interpreter for all sizes of a batch, about four of these 1,500 trainings went wrong, each time others."""
+    bundle = export(model_of(layers.Normalization()), **SETTINGS)
+    broadcast = {**decode_tensors(bundle.initial), **MOMENTS}
+    batches, random = random_batches(bundle.batch, "moments", (1, 3, 8, 3)), np.random.default_rng(1)
+    results: set[bytes] = set()
+    kept: list[Array] = []
+    for _ in range(1500):
+        program = open_program(bundle)
+        state = program.begin(broadcast)
+        for batch in batches:
+            state, _ = program.step(state, batch)
+        results.add(b"".join(value.tobytes() for value in program.finish(state, broadcast).values()))
+        kept = [np.zeros(random.integers(1, 200_000), np.float32) + len(kept) for _ in range(random.integers(1, 8))]
+    assert len(results) == 1

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
 
+from sottovoce import runtime
 from sottovoce.bundle import Bundle, Port, Role, read_bundle, with_initial
 from sottovoce.errors import BadBundle, ProgramError, SelfTestFailed
 from sottovoce.runtime import SAMPLED_ENTRIES, Program, open_program, run_self_test, runtime_name, sampled
@@ -335,3 +338,40 @@ def test_the_self_test_covers_the_client_state(visits: Bundle) -> None:
     forgetful = msgspec.structs.replace(visits.self_test, client_state=encode_tensors({}))
     with pytest.raises(SelfTestFailed):
         run_self_test(msgspec.structs.replace(visits, self_test=forgetful), program)
+
+
+def test_no_interpreter_ever_runs_a_second_shape(
+    digits: Bundle, broadcast: Arrays, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """XNNPACK now and then kept the set-up of the shape before and computed something else, without an error."""
+    seen: defaultdict[tuple[int, str], set[tuple[int, ...]]] = defaultdict(set)
+    opened: list[object] = []
+    name, load = next(iter(runtime._CANDIDATES["auto"].items()))
+
+    class Watched(load()):  # type: ignore[misc]
+        def __init__(self, **given: Any) -> None:
+            super().__init__(**given)
+            opened.append(self)  # Kept, so that no two have the same id.
+
+        def get_signature_runner(self, signature: str) -> Any:
+            runner, key = super().get_signature_runner(signature), (id(self), signature)
+
+            class Runner:
+                get_input_details, get_output_details = runner.get_input_details, runner.get_output_details
+
+                def __call__(self, **given: Array) -> Any:
+                    seen[key].add(given["x"].shape if "x" in given else ())
+                    return runner(**given)
+
+            return Runner()
+
+    monkeypatch.setitem(runtime._CANDIDATES, "auto", {name: lambda: Watched})  # type: ignore[index]
+    program = open_program(digits)
+    state = program.begin(broadcast)
+    for size in (3, 3, 8, 8, 3):
+        expected = open_program(digits, runtime="litert").step(state, batch_of(size))
+        state, metrics = program.step(state, batch_of(size))
+        for found, wanted in zip((state, metrics), expected, strict=True):
+            assert all(np.array_equal(found[key], wanted[key]) for key in wanted)
+    assert len(opened) == len(digits.flatbuffers) + 2, "another interpreter for 8 rows, and for 3 again"
+    assert all(len(shapes) == 1 for shapes in seen.values())
