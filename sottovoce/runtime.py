@@ -38,8 +38,8 @@ _INSTALL: Mapping[RuntimeName, str] = {
 class _Flatbuffer:
     """A flatbuffer and the interpreter that runs it, made anew before any of its inputs changes its shape.
 
-    XNNPACK now and then keeps what it has set up for the shape before, it seems when the memory for the new one begins at
-    the same address: a step after the batch grew was wrong, without an error (seen with ai-edge-litert 2.3). Without
+    XNNPACK now and then keeps what it has set up for the shape before, it seems when the memory of the new one begins
+    at the same address: a step after the batch grew was wrong, without an error (seen with ai-edge-litert 2.3). Without
     XNNPACK it never was, nor with an interpreter that has run no other shape; `test_normalization.py` shows it.
     """
 
