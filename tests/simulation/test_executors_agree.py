@@ -16,6 +16,7 @@ import sottovoce as sv
 from coordinator import connect
 from simulation.memory_fleet import MemoryFleet
 from simulation.trial import Trial
+from sottovoce.errors import ConfigError, TransportError
 from sottovoce.language.lowered import Lowered
 from sottovoce.language.lowering import lower
 
@@ -105,7 +106,17 @@ def deployed() -> Iterator[tuple[Trial, list[dict[str, Any]]]]:
             trial.allow(name, modes='["curious"]', minimum_cohort=3, minimum_honest_survivors=2)
         trial.fleet.start_coordinator(until_done=False)
         trial.start(NAMES)
+        trial.wait(lambda: _runs(trial), "a coordinator that has made its journal")
         yield trial, values
+
+
+def _runs(trial: Trial) -> bool:
+    """Say whether the coordinator can be asked by now: its agents may be online before it is."""
+    try:
+        with connect(trial.fleet.config, goal=DEVICES, minimum=3, mode="curious"):
+            return True
+    except (ConfigError, TransportError):
+        return False
 
 
 def _deployed(deployed: tuple[Trial, list[dict[str, Any]]], drawn: Drawn) -> None:
