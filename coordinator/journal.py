@@ -26,12 +26,13 @@ from coordinator.journal_rows import (
     round_row,
     task_row,
 )
-from coordinator.journal_schema import open_journal, transaction
+from coordinator.journal_schema import open_journal
 from coordinator.requests import Asked, content_digest, decode_sums, run_of, with_blobs, without_blobs
 from coordinator.terms import RoundTerms, decode_terms
 from sottovoce.blobs import canonical, digest_of
 from sottovoce.errors import ConfigError
 from sottovoce.language.ports import RoundRequest
+from sottovoce.sqlite_transaction import transaction
 
 _RUN_S = 30 * 24 * 3600
 """The rounds of a federated program's run are one plan for so long; then they are a new one."""

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from sottovoce.errors import ConfigError
+from sottovoce.sqlite_transaction import transaction
 
 VERSION = 2
 _BUSY_TIMEOUT_S = 10.0
@@ -86,18 +85,6 @@ def open_journal(path: Path, *, read_only: bool) -> sqlite3.Connection:
         database.close()
         raise
     return database
-
-
-@contextmanager
-def transaction(database: sqlite3.Connection) -> Iterator[None]:
-    """Write all or nothing of what is done inside."""
-    database.execute("BEGIN IMMEDIATE")
-    try:
-        yield
-    except BaseException:
-        database.execute("ROLLBACK")
-        raise
-    database.execute("COMMIT")
 
 
 def _prepare(database: sqlite3.Connection, path: Path, *, read_only: bool) -> None:

@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from edge_agent.database import open_database, transaction
+from edge_agent.database import open_database, writing
 from edge_agent.effects import NextClientState, RoundId
 from edge_agent.home import open_at_rest, seal_at_rest
 from sottovoce.bundle import ClientState
@@ -124,7 +124,7 @@ class ClientStates:
             ProgramError: Another plan keeps something else in a slot of this name and version.
             ConfigError: The file cannot be written.
         """
-        with transaction(self._database):
+        with writing(self._database):
             self._check(kept, plan)
             self._drop_held(kept.slot, "the round that it was computed in has not been heard to end")
             return self._kept(kept) or Reading(decode_tensors(kept.initial), self._base(kept.slot, kept.version))
@@ -135,7 +135,7 @@ class ClientStates:
         Raises:
             ConfigError: The file cannot be written.
         """
-        with transaction(self._database):
+        with writing(self._database):
             self._drop_held(value.slot, "the round that it was computed in has not been heard to end")
             return self._base(value.slot, value.version) == value.base
 
@@ -145,7 +145,7 @@ class ClientStates:
         Raises:
             ConfigError: The file cannot be written.
         """
-        with transaction(self._database):
+        with writing(self._database):
             self._drop_held(value.slot, "another round computes it anew")
             if self._base(value.slot, value.version) != value.base:
                 self._log(f"client state {value.slot}: it was erased or changed meanwhile; the new value is not kept")
@@ -175,7 +175,7 @@ class ClientStates:
         names = (round_.announcement, round_.coordinator, round_.round, round_.attempt)
         found = self._database.execute(f"SELECT id, slot FROM held WHERE {of_round}", names).fetchall()  # noqa: S608
         for number, slot in found:
-            with transaction(self._database):
+            with writing(self._database):
                 if survived:
                     self._database.execute(
                         f"INSERT OR REPLACE INTO kept ({_COLUMNS}) SELECT {_COLUMNS} FROM held WHERE id = ?",  # noqa: S608
@@ -280,7 +280,7 @@ def forget_client_states(path: Path, *, slot: str | None = None, collection: str
     """
     database = _open(path)
     try:
-        with transaction(database):
+        with writing(database):
             rows = database.execute("SELECT slot, collections FROM kept UNION SELECT slot, collections FROM held")
             chosen = {
                 name

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sottovoce.errors import ConfigError
+from sottovoce.sqlite_transaction import transaction
 
 _BUSY_TIMEOUT_S = 30.0
 
@@ -48,7 +49,7 @@ def _prepare(
 ) -> None:
     for pragma in ("journal_mode = WAL", "synchronous = FULL", "secure_delete = ON"):
         connection.execute(f"PRAGMA {pragma}")
-    with transaction(connection):
+    with writing(connection):
         found = connection.execute("PRAGMA user_version").fetchone()[0]
         statements = list(schema) if found == 0 else []
         while 0 < found < version and found in upgrades:
@@ -62,18 +63,14 @@ def _prepare(
 
 
 @contextmanager
-def transaction(connection: sqlite3.Connection) -> Iterator[None]:
+def writing(connection: sqlite3.Connection) -> Iterator[None]:
     """Run the block as one write transaction: committed (and on the disk) at its end, rolled back by any error.
 
     Raises:
         ConfigError: The file cannot be written, for example because the disk is full; nothing was changed.
     """
     try:
-        connection.execute("BEGIN IMMEDIATE")
-        yield
-        connection.execute("COMMIT")
+        with transaction(connection):
+            yield
     except sqlite3.Error as error:
         raise ConfigError(f"a database of this device cannot be written: {error}; is the disk full?") from error
-    finally:
-        if connection.in_transaction:
-            connection.execute("ROLLBACK")

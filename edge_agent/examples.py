@@ -18,7 +18,7 @@ from typing import Self
 import msgspec
 import numpy as np
 
-from edge_agent.database import open_database, transaction
+from edge_agent.database import open_database, writing
 from edge_agent.example_files import TEXT, Cells, Column, Rows, measure, rows_of, rows_of_arrays
 from sottovoce.errors import BadExamples, ConfigError
 from sottovoce.identity import NAME
@@ -122,7 +122,7 @@ class ExampleStore:
         """
         _check_name(collection)
         errors: list[str] = []
-        with transaction(self._database):
+        with writing(self._database):
             found = self._collection(collection)
             for place, cells in rows:
                 try:
@@ -207,7 +207,7 @@ class ExampleStore:
             return 0
         oldest = now_s - max_age_s if max_age_s else -math.inf
         newest = "SELECT id FROM example WHERE collection = ? ORDER BY id DESC LIMIT ?"
-        with transaction(self._database):
+        with writing(self._database):
             aged = self._database.execute(
                 "DELETE FROM example WHERE collection = ? AND added_unix_s < ?", (found[0], oldest)
             )
@@ -224,7 +224,7 @@ class ExampleStore:
         found = self._collection(collection)
         if found is None:
             return 0
-        with transaction(self._database):
+        with writing(self._database):
             removed = self._database.execute("DELETE FROM example WHERE collection = ?", (found[0],)).rowcount
             self._database.execute("DELETE FROM collection WHERE id = ?", (found[0],))
         self._scrub(removed)
@@ -233,7 +233,7 @@ class ExampleStore:
     def _append(self, collection: str, rows: Callable[[], Rows], now_s: float) -> int:
         _check_name(collection)
         measured = measure(rows())
-        with transaction(self._database):
+        with writing(self._database):
             found = self._collection(collection) or self._make(collection, measured)
             _check_fit(collection, found[1], measured)
             return self._insert(found, rows(), now_s)

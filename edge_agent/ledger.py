@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self, TypeAlias
 
-from edge_agent.database import open_database, transaction
+from edge_agent.database import open_database, writing
 from edge_agent.policy import check_participation
 from sottovoce.errors import LocalProtocolError, PolicyRefusal, Replayed
 from sottovoce.plan import Plan
@@ -131,7 +131,7 @@ class Ledger:
             *(release.attempt, release.session, release.purpose, release.cohort, release.weight),
             *(release.newest_example, json.dumps(release.contents), release.status),
         )
-        with transaction(self._database):
+        with writing(self._database):
             already = self.releases_of_state(release.plan, release.state, oldest_example=oldest_example)
             if already >= max_releases_per_state:
                 raise PolicyRefusal(
@@ -161,7 +161,7 @@ class Ledger:
         Raises:
             LocalProtocolError: Nothing was spent in this session, or it has already ended otherwise.
         """
-        with transaction(self._database):
+        with writing(self._database):
             row = self._database.execute("SELECT status FROM release WHERE session = ?", (session,)).fetchone()
             if row is None or outcome not in _SETTLES[row[0]]:
                 known = "nothing was spent in it" if row is None else f"it is {row[0]}"
@@ -220,7 +220,7 @@ class Ledger:
         Raises:
             Replayed: It lies before what this device has reached; nothing was written.
         """
-        with transaction(self._database):
+        with writing(self._database):
             last = self.last_round(fleet, plan_name)
             if last is not None and (round, attempt) < last:
                 raise Replayed(
@@ -244,7 +244,7 @@ class Ledger:
         The message must have been verified, and its certificate must be valid *at that very time*: then no coordinator
         can push this device's idea of the time beyond the end of its own certificate.
         """
-        with transaction(self._database):
+        with writing(self._database):
             self._database.execute("UPDATE clock SET last_signed_ms = max(last_signed_ms, ?)", (now_ms,))
 
     def _select(self, condition: str, *values: int) -> list[Release]:

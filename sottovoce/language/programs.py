@@ -28,6 +28,7 @@ from typing import Any
 from sottovoce.errors import ConfigError
 from sottovoce.file_lock import FileLock
 from sottovoce.language.stored_values import decode_value, encode_value
+from sottovoce.sqlite_transaction import transaction
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _FILE, _LOCK = "program.sqlite", "program.lock"
@@ -220,7 +221,7 @@ class _Opened:
             self.close = undo.pop_all().close
 
     def _begin(self, name: str, folder: Path) -> tuple[str, int]:
-        with _transaction(self.database):
+        with _writing(self.database):
             row = self.database.execute("SELECT name, run FROM program").fetchone()
             if row is None:
                 row = (name, os.urandom(_RUN_BYTES).hex())
@@ -232,7 +233,7 @@ class _Opened:
 
     def first_state(self, content: bytes) -> bytes:
         """Return the state as it is; if there is none yet, `content` from now on."""
-        with _transaction(self.database):
+        with _writing(self.database):
             row = self.database.execute("SELECT content FROM state").fetchone()
             if row is None:
                 self.database.execute("INSERT INTO state VALUES (0, ?)", (content,))
@@ -240,7 +241,7 @@ class _Opened:
 
     def commit(self, number: int, state: bytes, release: bytes | None) -> None:
         """Write what came of round `number`, all or nothing."""
-        with _transaction(self.database):
+        with _writing(self.database):
             self.database.execute("UPDATE state SET position = ?, content = ?", (number + 1, state))
             if release is not None:
                 self.database.execute("INSERT INTO releases VALUES (?, ?)", (number, release))
@@ -256,7 +257,7 @@ def _database(path: Path) -> sqlite3.Connection:
     try:
         database.execute("PRAGMA journal_mode = WAL")
         database.execute("PRAGMA synchronous = FULL")
-        with _transaction(database):
+        with _writing(database):
             version = database.execute("PRAGMA user_version").fetchone()[0]
             if version == 0:
                 for statement in _SCHEMA:
@@ -271,16 +272,11 @@ def _database(path: Path) -> sqlite3.Connection:
 
 
 @contextmanager
-def _transaction(database: sqlite3.Connection) -> Iterator[None]:
+def _writing(database: sqlite3.Connection) -> Iterator[None]:
     """Run the block as one transaction: on the disk at its end, or never."""
     try:
-        database.execute("BEGIN IMMEDIATE")
-        try:
+        with transaction(database):
             yield
-        except BaseException:
-            database.execute("ROLLBACK")
-            raise
-        database.execute("COMMIT")
     except sqlite3.Error as error:
         raise ConfigError(f"the program's state cannot be written: {error}") from error
 

@@ -245,9 +245,9 @@ def _encrypt_shares(
 def _decrypt_shares(device: str, stage: KeysShared, request: MaskedInputRequest) -> dict[int, bytes]:
     """Return what each sender has entrusted to this device, by position: a share of its self seed, one of its key."""
     session, neighbours, size = stage.seat.shape.session, stage.seat.neighbours, keys.CIPHERTEXT_BYTES
-    ciphertexts = [request.ciphertexts[at : at + size] for at in range(0, len(request.ciphertexts), size)]
     if len(request.ciphertexts) != size * len(request.senders):
         raise MalformedMessage("there must be one ciphertext for every neighbour that shared keys")
+    ciphertexts = [request.ciphertexts[at : at + size] for at in range(0, len(request.ciphertexts), size)]
     held = {
         position: keys.decrypt_shares(
             keys.share_channel_key(stage.channels[position], sender=neighbours[position].device, recipient=device),

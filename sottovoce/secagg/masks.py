@@ -4,7 +4,7 @@ The stream is AES-128-CTR (counter block from zero, big-endian) or ChaCha20 (cou
 vector as it lies in memory, read as little-endian words of its own widths. No temporary is as long as a large vector.
 
 AES-128-CTR is made as what it is, the encryption of the numbers 0, 1, 2 ... each on its own: those of a block are
-written down once for all streams. A library's counter mode counts anew for each, which takes a seventh more time.
+written down once for all streams. A library's counter mode counts anew for each of them.
 
 Many streams are added block by block, not stream by stream: the sum of a block and the one reused block of stream stay
 in the processor's cache until the last stream has passed, both aligned, which a vector need not be.
@@ -55,7 +55,7 @@ class _Block:
 
 
 class MaskExpander:
-    """Adds mask streams to vectors of one shape, through two reused blocks that stay in the processor's cache."""
+    """Adds mask streams to vectors of one shape, through reused blocks that stay in the processor's cache."""
 
     def __init__(self, parameters: SecAggParameters) -> None:
         """Prepare for vectors of the segments that `parameters` name, as they lie in memory."""

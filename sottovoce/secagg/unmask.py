@@ -1,8 +1,9 @@
 """Rebuilding secrets from shares that may be wrong, and taking masks off the sum.
 
 A rebuilt secret counts only if it passes its owner's check: the commitment for a self seed, the public key for a mask
-key. When one fails, other subsets of the shares are tried in an order that is fixed by the session id, a bounded number
-of them; so a few wrong shares are survived, and many end the round, never in a garbage sum.
+key. When one fails, other subsets of the shares are tried: first without those who gave wrong shares of other secrets,
+then a bounded number in an order that is fixed by the session id; so a few wrong shares are survived, and many end the
+round, never in a garbage sum.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from sottovoce.secagg.shamir import Limbs, Points
 from sottovoce.secagg.transcript import subset_seed
 
 MAX_SUBSETS = 256
-"""Most subsets of shares that are tried for one group of owners."""
+"""Most subsets of shares that are tried for one group of owners, beside the one that avoids who was caught before."""
 
 
 def rebuild_secrets(
@@ -44,7 +45,7 @@ def rebuild_secrets(
         owners: Whose secrets are wanted.
         threshold: t.
         verify: Raises BadShare unless the bytes are this owner's secret.
-        session: Session id; it fixes the order in which subsets are tried.
+        session: Session id; it fixes the order in which subsets are tried once nobody is left to avoid.
 
     Raises:
         BadShare: Some secret cannot be rebuilt from any subset tried.

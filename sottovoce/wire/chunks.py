@@ -53,7 +53,7 @@ class VectorChunk(msgspec.Struct, frozen=True):
     """One chunk of a masked vector; verified against the tags in the signed MaskedInput.
 
     Its payload is 40 bytes, session and index (uint64 little-endian), and then the content: so the words of the vector
-    lie aligned in memory, where adding them takes two thirds of the time.
+    lie aligned in memory; numpy adds those that do not through a buffer.
 
     Attributes:
         session: Session id, 32 bytes.
@@ -133,7 +133,6 @@ class Assembly(Generic[A]):
             raise BadBlob(f"{ref.size} bytes, which is larger than the {max_bytes} allowed")
         self.ref = ref
         self._chunks: dict[int, Chunk] = {}
-        self._missing = set(range(ref.chunk_count))
         self._bitmap = bytearray(-(-ref.chunk_count // 8))
 
     def add(self, index: int, chunk: Chunk) -> bool:
@@ -142,27 +141,26 @@ class Assembly(Generic[A]):
         Raises:
             BadBlob: The chunk is not chunk `index` of it.
         """
-        if index in self._missing or not 0 <= index < self.ref.chunk_count:
+        if index not in self._chunks:
             kept = _kept(chunk)
             self.ref.verify_chunk(index, kept)
             self._chunks[index] = kept
-            self._missing.discard(index)
             self._bitmap[index // 8] |= 1 << (index % 8)
         return self.complete
 
     @property
     def complete(self) -> bool:
         """True when no chunk is missing."""
-        return not self._missing
+        return self.missing_count == 0
 
     @property
     def missing_count(self) -> int:
         """How many chunks are missing."""
-        return len(self._missing)
+        return self.ref.chunk_count - len(self._chunks)
 
     def missing(self) -> list[int]:
         """Indices not yet received, in order."""
-        return sorted(self._missing)
+        return [index for index in range(self.ref.chunk_count) if index not in self._chunks]
 
     def bitmap(self) -> bytes:
         """Bitmap of received chunks: chunk i is bit i % 8 of byte i // 8."""
@@ -178,7 +176,7 @@ class Assembly(Generic[A]):
             BadBlob: A chunk is missing.
         """
         if not self.complete:
-            raise BadBlob(f"{len(self._missing)} chunks are missing")
+            raise BadBlob(f"{self.missing_count} chunks are missing")
         return [self._chunks[index] for index in range(self.ref.chunk_count)]
 
     def content(self: Assembly[BlobRef]) -> bytes:
