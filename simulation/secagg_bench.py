@@ -297,7 +297,7 @@ def _show(options: Options, figures: Figures, console: Console) -> None:
     of = {name: f"{microseconds:.1f} us" for name, microseconds in figures.primitives_us.items()}
     for line in (
         f"primitives, median of this run: X25519 {of['agreements']}; of a whole vector: {options.cipher} stream "
-        f"{of['streams']}, addition {of['additions']}, Poly1305 tag {of['tags']}",
+        f"{of['streams']}, addition {of['additions']}, tag {of['tags']}",
         "device: the median; identities: signing, and verifying signatures",
         f"certificate chains are cached; all of them cold: {figures.client_cold_chains_ms:.1f} ms more a device",
         f"bytes a device, without the model: {figures.up_bytes:,} up, {figures.down_bytes:,} down",

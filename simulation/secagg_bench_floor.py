@@ -16,9 +16,10 @@ from typing import TypeAlias
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
-from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM, ChaCha20Poly1305
 
 from sottovoce.secagg.segments import unpacked_bytes
+from sottovoce.secagg.uploads import Aead
 from sottovoce.wire.messages import SecAggParameters
 
 _BLOCK_BYTES = 100_000
@@ -34,7 +35,7 @@ class Counts:
         agreements: X25519 exchanges.
         streams: Mask streams as long as the vector.
         additions: Additions of a vector.
-        tags: Poly1305 tags over a vector.
+        tags: Tags over a vector.
     """
 
     agreements: float
@@ -61,15 +62,16 @@ class Gauge:
         zeros, stream = bytes(block), bytearray(block + 16)
         if parameters.cipher == "aes-128-ctr":  # Its blocks each on its own, which is faster than counting.
             encrypt_into = Cipher(algorithms.AES128(bytes(16)), modes.ECB()).encryptor().update_into  # noqa: S305
+            aead: Aead = AESGCM(bytes(32))
         else:
             encrypt_into = Cipher(algorithms.ChaCha20(bytes(32), bytes(16)), mode=None).encryptor().update_into
+            aead = ChaCha20Poly1305(bytes(32))
         total, words = np.zeros(block // 4, np.uint32), np.frombuffer(stream, np.uint32, block // 4)
-        tagging = ChaCha20Poly1305(bytes(32))
         self._operations: dict[str, _Operation] = {
             "agreements": lambda: private.exchange(public),
             "streams": lambda: encrypt_into(zeros, stream),
             "additions": lambda: np.add(total, words, total),
-            "tags": lambda: tagging.encrypt(bytes(12), b"", zeros),
+            "tags": lambda: aead.encrypt(bytes(12), b"", zeros),
         }
         self._samples: dict[str, list[float]] = {name: [] for name in self._operations}
 

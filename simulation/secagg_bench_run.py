@@ -37,7 +37,7 @@ from sottovoce.secagg.server_stages import Unmasked
 from sottovoce.secagg.uploads import ExpectedVector
 from sottovoce.types import Array
 from sottovoce.wire.chunks import VectorChunk, decode_vector_chunk, encode_vector_chunk
-from sottovoce.wire.codec import ALL, open_envelope, parse, seal
+from sottovoce.wire.codec import ALL, Opened, open_envelope, parse, seal
 from sottovoce.wire.messages import AdvertiseKeysRequest, Cipher, Message, Mode, Roster, SecAggParameters
 
 DropStage: TypeAlias = Literal["before-keys", "after-advertising", "after-keys", "after-input"]
@@ -251,10 +251,12 @@ class Bench:
         replies = [one for one in self._server.outstanding() if staying or one.device not in self._dropouts]
         at_once = self._options.uploads_at_once if name == "masked_input" else ANSWERS_AT_ONCE
         for start in range(0, len(replies), at_once):
-            asked = replies[start : start + at_once]
-            for device, answer, chunks in [self._let_answer(name, reply) for reply in asked]:
-                self._take(device, answer, chunks)
-                self._charge_server(name)
+            answers = [self._let_answer(name, reply) for reply in replies[start : start + at_once]]
+            # All are verified, then all are taken: what signatures do to the processor's cache is theirs, too.
+            opened = [self._open(device, payload) for device, payload, _ in answers]
+            for (device, _, chunks), message in zip(answers, opened, strict=True):
+                self._take(device, message, chunks)
+            self._charge_server(name)
         _set_aside_what_lives()
         self._meter.take()
         with self._meter.line(SESSION):
@@ -325,17 +327,18 @@ class Bench:
             session = bytes(32) if asked else client.session_id
             return seal(answer, self._fleet.devices[device], self._context(device, COORDINATOR, session))
 
-    def _take(self, device: str, payload: bytes, chunks: Iterable[bytes]) -> None:
-        meter = self._meter
-        with meter.line(SIGNATURES):
-            envelope = parse(payload)
-            opened = open_envelope(envelope, self._fleet.devices[device].certificate, payload)
-        with meter.line(SESSION):
+    def _open(self, device: str, payload: bytes) -> Opened[Any]:
+        with self._meter.line(SIGNATURES):
+            return open_envelope(parse(payload), self._fleet.devices[device].certificate, payload)
+
+    def _take(self, device: str, opened: Opened[Any], chunks: Iterable[bytes]) -> None:
+        with self._meter.line(SESSION):
             self._server.receive(opened)
         announced = self._server.expected_vector(device)
         if announced is not None:
-            with meter.line(UPLOAD):
-                self._take_upload(device, announced, chunks)
+            fresh = [bytes(memoryview(chunk)) for chunk in chunks]  # As a socket would have it: just written.
+            with self._meter.line(UPLOAD):
+                self._take_upload(device, announced, fresh)
 
     def _take_upload(self, device: str, announced: ExpectedVector, payloads: Iterable[bytes]) -> None:
         """Do what the coordinator does with the chunks of a masked vector."""

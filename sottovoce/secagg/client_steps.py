@@ -94,7 +94,8 @@ def share_keys(setting: Setting, stage: Advertised, roster: Roster) -> tuple[Key
     commitment = commitment_to(self_seed, session=shape.session, position=seat.position)
     own_share = shares[seat.position][: shamir.SHARE_BYTES] if shape.graph.complete else b""
     uploading = stage.channel.agree(setting.agreement.upload_key)
-    upload_key = keys.upload_key(uploading, session=shape.session, device=setting.device)
+    cipher = setting.agreement.parameters.cipher
+    upload_key = keys.upload_key(uploading, session=shape.session, device=setting.device, cipher=cipher)
     following = KeysShared(stage.vector, seat, channels, stage.mask, self_seed, own_share, upload_key)
     return following, ShareKeys(commitment=commitment, ciphertexts=ciphertexts)
 
@@ -117,7 +118,8 @@ def mask_input(setting: Setting, stage: KeysShared, request: MaskedInputRequest)
     held = _decrypt_shares(setting.device, stage, request)
     sent, wanted = _inclusion_tokens(setting, stage, senders)
     _mask_in_place(setting, stage, senders)
-    announced = tag_vector(stage.vector, stage.upload_key, chunk_bytes=setting.chunk_bytes)
+    cipher = setting.agreement.parameters.cipher
+    announced = tag_vector(stage.vector, stage.upload_key, cipher, chunk_bytes=setting.chunk_bytes)
     following = InputMasked(stage.vector, stage.seat, held, wanted, stage.own_share)
     return following, MaskedInput(vector=announced, inclusions=sent)
 

@@ -29,9 +29,10 @@ INCLUSION_BYTES = 16
 """Length of an inclusion token."""
 CIPHERTEXT_BYTES = 2 * shamir.SHARE_BYTES + TAG_BYTES
 """Length of a ciphertext of two shares."""
+_AEAD = "chacha20-poly1305"
 MASK_KEY_BYTES: dict[Cipher, int] = {"aes-128-ctr": 16, "chacha20": 32}
 """Length of a mask stream's key, by cipher."""
-_AEAD = "chacha20-poly1305"
+_UPLOAD_AEADS: dict[Cipher, str] = {"aes-128-ctr": "aes-256-gcm", "chacha20": _AEAD}
 _AEAD_KEY_BYTES = 32
 _ONE_TIME_NONCE = bytes(12)
 _SHA256 = SHA256()
@@ -157,9 +158,9 @@ def inclusion_token(between: Channel, *, sender: str, recipient: str) -> bytes:
     return _expanded(between._extraction.copy(), INCLUSION_BYTES, labels.INCLUSION, (sender, recipient))
 
 
-def upload_key(secret: bytes, *, session: bytes, device: str) -> bytes:
+def upload_key(secret: bytes, *, session: bytes, device: str, cipher: Cipher) -> bytes:
     """Return the key that tags the chunks of the one masked vector of `device`; the coordinator has it, too."""
-    return _derive(secret, session, _AEAD_KEY_BYTES, labels.UPLOAD, device, _AEAD)
+    return _derive(secret, session, _AEAD_KEY_BYTES, labels.UPLOAD, device, _UPLOAD_AEADS[cipher])
 
 
 def encrypt_shares(key: bytes, shares: bytes, *, session: bytes) -> bytes:

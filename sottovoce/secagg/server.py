@@ -11,9 +11,10 @@ Reference: Bonawitz et al. 2017 (eprint 2017/281), figure 4; `docs/SPEC.md`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Set
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
+
+import msgspec
 
 from sottovoce.errors import (
     BadBlob,
@@ -87,8 +88,7 @@ STAGE_NAMES: Mapping[type[Stage], str] = {
 """The stages' names in journals and reports."""
 
 
-@dataclass(frozen=True, slots=True)
-class Reply:
+class Reply(msgspec.Struct, frozen=True):
     """A message for one device.
 
     Attributes:

@@ -99,7 +99,7 @@ def take_announcement(agreement: Agreement, stage: CollectingInputs, opened: Ope
     if small or vector.chunk_count > _MOST_CHUNKS:
         raise MalformedMessage(f"{member.device} cut its vector into {vector.chunk_count} chunks, each too small")
     tokens = _tokens_by_neighbour(agreement, stage, position, opened.message.inclusions)
-    stage.announced[position] = expect(vector, stage.upload_keys[position])
+    stage.announced[position] = expect(vector, stage.upload_keys[position], agreement.parameters.cipher)
     stage.inclusions[position] = tokens
 
 
@@ -144,7 +144,7 @@ def add_upload(total: bytearray, upload: Assembly[ExpectedVector], parameters: S
     if runs is None:
         segments.add_packed_into(total, b"".join(chunks), parameters)
         return
-    for run in runs:
+    for run in reversed(runs):
         target = np.frombuffer(total, run.dtype, run.count, run.start)
         np.add(target, np.frombuffer(chunks[run.chunk], run.dtype, run.count, run.offset), target)
 
@@ -185,7 +185,7 @@ def close_sharing(agreement: Agreement, stage: SharingKeys) -> tuple[CollectingI
     requests = dict(_forwarded(cohort, answers))
     commitments = {position: answer.commitment for position, answer in answers.items()}
     total = bytearray(segments.unpacked_bytes(agreement.parameters))
-    return CollectingInputs(cohort, commitments, total, _upload_keys(stage)), requests
+    return CollectingInputs(cohort, commitments, total, _upload_keys(agreement, stage)), requests
 
 
 def close_inputs(
@@ -288,12 +288,12 @@ def _position(cohort: Cohort, sender: Certificate) -> int:
     return position
 
 
-def _upload_keys(stage: SharingKeys) -> dict[int, bytes]:
+def _upload_keys(agreement: Agreement, stage: SharingKeys) -> dict[int, bytes]:
     """Return the upload key of everybody who shared keys; in one go they take half as long as between uploads."""
-    session, members = stage.cohort.shape.session, stage.cohort.members
+    session, members, cipher = stage.cohort.shape.session, stage.cohort.members, agreement.parameters.cipher
     secrets = {position: stage.upload_keys.agree(members[position].channel_key) for position in stage.answers}
     return {
-        position: keys.upload_key(secret, session=session, device=members[position].device)
+        position: keys.upload_key(secret, session=session, device=members[position].device, cipher=cipher)
         for position, secret in secrets.items()
     }
 

@@ -29,6 +29,7 @@ _BATCH = 1024  # Secrets whose shares are widened to float64 at a time.
 Limbs = npt.NDArray[np.uint16]
 Matrix = npt.NDArray[np.float64]
 Points = npt.NDArray[np.int64]
+Residues = npt.NDArray[np.uint32]
 
 
 def split(
@@ -168,21 +169,29 @@ def _lagrange_at_zero(points: Points) -> Matrix:
     rising = np.sort(points, axis=1)
     if (np.diff(rising, axis=1) == 0).any() or rising.min() < 1 or rising.max() >= PRIME:
         raise LocalProtocolError("evaluation points must be distinct and from 1 to p - 1")
-    whole, divisor = np.ones((len(points), 1), np.int64), points.copy()
-    for column in range(points.shape[1]):
-        x = points[:, column : column + 1]
-        differences = x - points
+    residues = points.astype(np.uint32)
+    whole, divisor = np.ones((len(residues), 1), np.uint32), residues
+    for column in range(residues.shape[1]):
+        x = residues[:, column : column + 1]
+        differences = _reduced(x + (PRIME - residues))
         differences[:, column] = 1
-        divisor = divisor * differences % PRIME
-        whole = whole * x % PRIME
-    return (whole * _inverse(divisor) % PRIME).astype(np.float64)
+        divisor = _reduced(divisor * differences)
+        whole = _reduced(whole * x)
+    return _reduced(whole * _inverse(divisor)).astype(np.float64)
 
 
-def _inverse(values: Points) -> Points:
+def _inverse(values: Residues) -> Residues:
     """Return the inverses modulo p: by Fermat, the power p - 2."""
     result, power = np.ones_like(values), values
     for bit in reversed(bin(PRIME - 2)[2:]):
         if bit == "1":
-            result = result * power % PRIME
-        power = power * power % PRIME
+            result = _reduced(result * power)
+        power = _reduced(power * power)
     return result
+
+
+def _reduced(values: Residues) -> Residues:
+    """Return `values` modulo p; the product of two residues is below 2^32. numpy divides many at once, but takes `%`
+    one by one.
+    """
+    return values - values // PRIME * PRIME

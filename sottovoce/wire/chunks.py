@@ -132,8 +132,9 @@ class Assembly(Generic[A]):
         if ref.size > max_bytes:
             raise BadBlob(f"{ref.size} bytes, which is larger than the {max_bytes} allowed")
         self.ref = ref
+        self._count = ref.chunk_count
         self._chunks: dict[int, Chunk] = {}
-        self._bitmap = bytearray(-(-ref.chunk_count // 8))
+        self._bitmap = bytearray(-(-self._count // 8))
 
     def add(self, index: int, chunk: Chunk) -> bool:
         """Put chunk `index` in its place; return whether the whole is now complete. Repeats change nothing.
@@ -156,11 +157,11 @@ class Assembly(Generic[A]):
     @property
     def missing_count(self) -> int:
         """How many chunks are missing."""
-        return self.ref.chunk_count - len(self._chunks)
+        return self._count - len(self._chunks)
 
     def missing(self) -> list[int]:
         """Indices not yet received, in order."""
-        return [index for index in range(self.ref.chunk_count) if index not in self._chunks]
+        return [index for index in range(self._count) if index not in self._chunks]
 
     def bitmap(self) -> bytes:
         """Bitmap of received chunks: chunk i is bit i % 8 of byte i // 8."""
@@ -177,7 +178,7 @@ class Assembly(Generic[A]):
         """
         if not self.complete:
             raise BadBlob(f"{self.missing_count} chunks are missing")
-        return [self._chunks[index] for index in range(self.ref.chunk_count)]
+        return [self._chunks[index] for index in range(self._count)]
 
     def content(self: Assembly[BlobRef]) -> bytes:
         """Return the blob that the chunks make up, verified against the digest of the whole, too.

@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature, encode_dss_signature
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
-from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM, ChaCha20Poly1305
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
@@ -286,9 +286,15 @@ def inclusion_token(secret: bytes, sender: str, recipient: str, *, session: byte
     return derived(secret, "sv1/inclusion", sender, recipient, session=session, length=16)
 
 
-def upload_key(secret: bytes, device: str, *, session: bytes) -> bytes:
+TAGGING: dict[str, tuple[str, type[AESGCM | ChaCha20Poly1305]]] = {
+    "aes-128-ctr": ("aes-256-gcm", AESGCM),
+    "chacha20": ("chacha20-poly1305", ChaCha20Poly1305),
+}
+
+
+def upload_key(secret: bytes, device: str, cipher: str, *, session: bytes) -> bytes:
     """What tags the chunks of the masked vector of `device`."""
-    return derived(secret, "sv1/upload", device, "chacha20-poly1305", session=session, length=32)
+    return derived(secret, "sv1/upload", device, TAGGING[cipher][0], session=session, length=32)
 
 
 def encrypt(key: bytes, shares: bytes, *, session: bytes) -> bytes:
@@ -343,8 +349,9 @@ def chunk_payload(session: bytes, index: int, content: bytes) -> bytes:
     return session + u64(index) + content
 
 
-def tagged(vector: bytes, chunk_bytes: int, key: bytes) -> dict[str, Any]:
+def tagged(vector: bytes, chunk_bytes: int, key: bytes, cipher: str) -> dict[str, Any]:
     """The document that announces a masked vector: its size, and the tags of its chunks."""
     chunks = [vector[at : at + chunk_bytes] for at in range(0, len(vector), chunk_bytes)]
-    tags = [ChaCha20Poly1305(key).encrypt(u32(index, 0, 0), b"", chunk) for index, chunk in enumerate(chunks)]
+    aead = TAGGING[cipher][1](key)
+    tags = [aead.encrypt(u32(index, 0, 0), b"", chunk) for index, chunk in enumerate(chunks)]
     return {"size": len(vector), "chunk_bytes": chunk_bytes, "tags": b"".join(tags)}

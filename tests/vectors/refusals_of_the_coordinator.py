@@ -75,7 +75,7 @@ def _answers() -> Iterator[tuple[str, str, str, Change, str]]:
     yield "share_keys", "ShareKeys", "a ciphertext too many", lambda f: [f[0], f[1] + f[1][:one]], malformed
     yield "share_keys", "ShareKeys", "a short ciphertext", lambda f: [f[0], f[1][1:]], malformed
     yield "share_keys", "ShareKeys", "no ciphertexts", lambda f: [f[0], b""], malformed
-    short = spec.tagged(bytes(32), 16, bytes(32))
+    short = spec.tagged(bytes(32), 16, bytes(32), "aes-128-ctr")
     yield "masked_input", "MaskedInput", "a vector of another length", _with(0, short), malformed
     yield "masked_input", "MaskedInput", "a token missing", lambda f: [f[0], f[1][16:]], malformed
     yield "masked_input", "MaskedInput", "no tokens", _with(1, b""), malformed

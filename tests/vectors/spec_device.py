@@ -140,7 +140,7 @@ class SpecDevice:
         self.vector = vector_spec.packed_vector(parameters, self.vector)
         active = parameters["mode"] == "active"
         tokens = [self._token(position, outgoing=True) for position in self.held] if active else []
-        return [spec.tagged(self.vector, self.chunk_bytes, self.upload_key()), b"".join(tokens)]
+        return [spec.tagged(self.vector, self.chunk_bytes, self.upload_key(), cipher), b"".join(tokens)]
 
     def upload(self) -> list[bytes]:
         """What carries the chunks of the masked vector."""
@@ -149,7 +149,8 @@ class SpecDevice:
 
     def upload_key(self) -> bytes:
         secret = spec.agreed(self.channel, self.agreement.upload_key)
-        return spec.upload_key(secret, self.signer.name, session=self.session)
+        cipher = self.agreement.parameters["cipher"]
+        return spec.upload_key(secret, self.signer.name, cipher, session=self.session)
 
     def sign_survivors(self, survivors: list[int]) -> Fields:
         """Stage 5."""

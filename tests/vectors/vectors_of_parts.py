@@ -98,39 +98,48 @@ def key_vectors() -> Iterator[Vector]:
         token = spec.inclusion_token(secret, sender, recipient, session=SESSION)
         yield Vector("inclusion_token", f"from {sender} to {recipient}", inputs, token, also=also)
     for device in ("pi-1", "pi-2"):
-        inputs = {"secret": secret, "session": SESSION, "device": device}
-        also = {"info": spec.lp(b"sv1/upload", device.encode(), b"chacha20-poly1305")}
-        yield Vector("upload_key", device, inputs, spec.upload_key(secret, device, session=SESSION), also=also)
-    yield from _tags(spec.upload_key(secret, "pi-1", session=SESSION), secret)
+        for cipher, (aead, _) in spec.TAGGING.items():
+            inputs = {"secret": secret, "session": SESSION, "device": device, "cipher": cipher}
+            also = {"info": spec.lp(b"sv1/upload", device.encode(), aead.encode())}
+            key = spec.upload_key(secret, device, cipher, session=SESSION)
+            yield Vector("upload_key", f"{device} {cipher}", inputs, key, also=also)
+    for cipher in spec.TAGGING:
+        yield from _tags(cipher, secret)
     yield from _payloads()
     yield from _ciphertexts(secret)
 
 
-def _tags(key: bytes, secret: bytes) -> Iterator[Vector]:
-    vector = FixedEntropy("tagged")(40)
+def _tags(cipher: str, secret: bytes) -> Iterator[Vector]:
+    key, vector = spec.upload_key(secret, "pi-1", cipher, session=SESSION), FixedEntropy("tagged")(40)
     for chunk_bytes in (16, 20, 40, 64):
-        inputs: dict[str, Any] = {"key": key, "vector": vector, "chunk_bytes": chunk_bytes}
-        yield Vector("tag", f"chunks of {chunk_bytes} bytes", inputs, spec.tagged(vector, chunk_bytes, key))
+        inputs: dict[str, Any] = {"key": key, "cipher": cipher, "vector": vector, "chunk_bytes": chunk_bytes}
+        tagged = spec.tagged(vector, chunk_bytes, key, cipher)
+        yield Vector("tag", f"{cipher}: chunks of {chunk_bytes} bytes", inputs, tagged)
     chunks = [vector[:16], vector[16:32], vector[32:]]
-    inputs = {"key": key, "announced": spec.tagged(vector, 16, key)}
+    inputs = {"key": key, "cipher": cipher, "announced": spec.tagged(vector, 16, key, cipher)}
     for index, chunk in enumerate(chunks):
-        yield Vector("verify_chunk", f"chunk {index}", inputs | {"index": index, "chunk": chunk}, None)
+        yield Vector("verify_chunk", f"{cipher}: chunk {index}", inputs | {"index": index, "chunk": chunk}, None)
     whole = b"".join(chunks)
-    other_session = spec.upload_key(secret, "pi-1", session=bytes(32))
-    other_tags = spec.tagged(whole, 16, spec.upload_key(secret, "pi-2", session=SESSION))
+    other_session = spec.upload_key(secret, "pi-1", cipher, session=bytes(32))
+    other_tags = spec.tagged(whole, 16, spec.upload_key(secret, "pi-2", cipher, session=SESSION), cipher)
+    short = spec.tagged(vector[:15], 16, key, cipher)["tags"]
+    other_cipher = next(other for other in spec.TAGGING if other != cipher)
     for comment, changes in {
         "one bit changed": {"index": 0, "chunk": bytes([vector[0] ^ 1]) + vector[1:16]},
         "another chunk": {"index": 0, "chunk": chunks[1]}, "cut short": {"index": 0, "chunk": vector[:15]},
         "longer": {"index": 0, "chunk": vector[:17]}, "empty": {"index": 2, "chunk": b""},
         "a chunk after the last": {"index": 3, "chunk": chunks[2]}, "chunk -1": {"index": -1, "chunk": chunks[2]},
         "another session's key": {"index": 0, "chunk": chunks[0], "key": other_session},
+        "the other cipher's tags": {
+            "index": 0, "chunk": chunks[0], "announced": spec.tagged(whole, 16, key, other_cipher)
+        },
         "another device's tags": {"index": 0, "chunk": chunks[0], "announced": other_tags},
         "tagged with another length": {
             "index": 0, "chunk": vector[:15],
-            "announced": {"size": 40, "chunk_bytes": 16, "tags": spec.tagged(vector[:15], 16, key)["tags"] + bytes(32)},
+            "announced": {"size": 40, "chunk_bytes": 16, "tags": short + bytes(32)},
         },
     }.items():  # fmt: skip
-        yield Vector("verify_chunk", comment, inputs | changes, error="BadBlob", flags=("Tag",))
+        yield Vector("verify_chunk", f"{cipher}: {comment}", inputs | changes, error="BadBlob", flags=("Tag",))
 
 
 def _payloads() -> Iterator[Vector]:

@@ -255,7 +255,7 @@ def test_threads_that_take_off_masks_of_several_blocks_do_not_share_them(fleet: 
 @pytest.mark.parametrize("length", [64, 2048])
 def test_a_payload_that_the_transport_uses_again_changes_nothing_that_was_verified(kind: Any, length: int) -> None:
     content, key = hashlib.shake_128(b"content").digest(length), bytes(32)
-    upload = Assembly(expect(tag_vector(content, key, chunk_bytes=length), key))
+    upload = Assembly(expect(tag_vector(content, key, "chacha20", chunk_bytes=length), key, "chacha20"))
     payload = kind(encode_vector_chunk(VectorChunk(b"s" * 32, 0, content)))
     chunk = decode_vector_chunk(payload)
     assert upload.add(chunk.index, chunk.content)
@@ -271,7 +271,7 @@ def test_a_chunk_of_an_index_that_the_vector_does_not_have_is_refused_before_and
     index: int, content: bytes
 ) -> None:
     vector, key = b"v" * 64, bytes(32)
-    upload = Assembly(expect(tag_vector(vector, key, chunk_bytes=64), key))
+    upload = Assembly(expect(tag_vector(vector, key, "chacha20", chunk_bytes=64), key, "chacha20"))
     chunk = decode_vector_chunk(encode_vector_chunk(VectorChunk(b"s" * 32, index, content)))
     for _ in range(2):
         with pytest.raises(BadBlob):

@@ -113,7 +113,7 @@ def test_the_server_adds_only_the_vector_that_was_announced_and_only_once(fleet:
     device, other, late = rehearsal.devices[0], rehearsal.devices[1], rehearsal.devices[5]
     server = rehearsal.server
     zeros, key = bytes(fleet.vector_bytes), bytes(32)
-    made_up = assemble(expect(tag_vector(zeros, key, chunk_bytes=100), key), zeros)
+    made_up = assemble(expect(tag_vector(zeros, key, "chacha20", chunk_bytes=100), key, "chacha20"), zeros)
     with pytest.raises(LocalProtocolError):
         server.add_vector(device, made_up)
     reply = rehearsal.answer(device, requests[device], upload=False)
@@ -135,7 +135,7 @@ def test_the_server_adds_only_the_vector_that_was_announced_and_only_once(fleet:
     with pytest.raises(LocalProtocolError):
         server.add_vector(device, assemble(expected, rehearsal.clients[device].masked_vector))
     with pytest.raises(MalformedMessage, match="bytes"):
-        rehearsal.send(other, MaskedInput(vector=tag_vector(b"too short", key, chunk_bytes=100)))
+        rehearsal.send(other, MaskedInput(vector=tag_vector(b"too short", key, "chacha20", chunk_bytes=100)))
     rehearsal.clients[late].receive(rehearsal.requests[late][0].message)
     with pytest.raises(RemoteProtocolError, match="in time"):
         rehearsal.send(late, reply)

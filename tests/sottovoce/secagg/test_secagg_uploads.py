@@ -23,16 +23,17 @@ from sottovoce.secagg.server_stages import CollectingInputs, Unmasked
 from sottovoce.secagg.server_steps import add_upload
 from sottovoce.secagg.uploads import ExpectedVector, expect, tag_vector
 from sottovoce.wire.chunks import Assembly, assemble
-from sottovoce.wire.messages import SecAggParameters
+from sottovoce.wire.messages import Cipher, SecAggParameters
 
 LAYOUTS = [(), ((16, 64),), ((32, 64), (16, 128)), ((21, 64),), ((16, 64), (5, 192))]
 
 
 KEY = b"k" * 32
+CIPHERS: tuple[Cipher, ...] = ("aes-128-ctr", "chacha20")
 
 
-def expected_of(vector: bytes, chunk_bytes: int) -> ExpectedVector:
-    return expect(tag_vector(vector, KEY, chunk_bytes=chunk_bytes), KEY)
+def expected_of(vector: bytes, chunk_bytes: int, cipher: Cipher = "aes-128-ctr") -> ExpectedVector:
+    return expect(tag_vector(vector, KEY, cipher, chunk_bytes=chunk_bytes), KEY, cipher)
 
 
 def parameters_with(packed: tuple[tuple[int, int], ...]) -> SecAggParameters:
@@ -72,11 +73,16 @@ def test_an_upload_that_is_not_whole_leaves_the_total_as_it_was(chunk_bytes: int
     assert total == bytes(len(total))
 
 
-@given(vector=st.binary(min_size=1, max_size=300), chunk_bytes=st.integers(1, 320), choice=st.data())
+@given(
+    vector=st.binary(min_size=1, max_size=300),
+    chunk_bytes=st.integers(1, 320),
+    cipher=st.sampled_from(CIPHERS),
+    choice=st.data(),
+)
 def test_every_chunk_is_told_from_every_other_of_the_same_vector(
-    vector: bytes, chunk_bytes: int, choice: st.DataObject
+    vector: bytes, chunk_bytes: int, cipher: Cipher, choice: st.DataObject
 ) -> None:
-    expected = expected_of(vector, chunk_bytes)
+    expected = expected_of(vector, chunk_bytes, cipher)
     index = choice.draw(st.integers(0, expected.chunk_count - 1))
     chunk = vector[expected.chunk_slice(index)]
     expected.verify_chunk(index, chunk)
@@ -90,10 +96,11 @@ def test_every_chunk_is_told_from_every_other_of_the_same_vector(
             expected.verify_chunk(other, content)
 
 
-def test_a_vector_is_tagged_without_a_copy_of_it() -> None:
+@pytest.mark.parametrize("cipher", CIPHERS)
+def test_a_vector_is_tagged_without_a_copy_of_it(cipher: Cipher) -> None:
     vector = bytearray(2_000_000)
     tracemalloc.start()
-    announced = tag_vector(vector, KEY, chunk_bytes=65_536)
+    announced = tag_vector(vector, KEY, cipher, chunk_bytes=65_536)
     assert tracemalloc.get_traced_memory()[1] < 100_000
     tracemalloc.stop()
     assert (announced.size, announced.chunk_count) == (2_000_000, 31)
@@ -110,7 +117,7 @@ def test_a_key_is_not_shown_and_is_another_for_every_session_and_device(fleet: A
             assert client.stage.upload_key.hex() not in repr(client.stage)
             assert repr(client.stage.upload_key) not in repr(client.stage)
     assert len(set(found)) == 8
-    assert "_cipher" not in repr(expected_of(b"vector", 10))
+    assert "aead" not in repr(expected_of(b"vector", 10))
 
 
 def test_the_coordinators_key_is_fresh_and_one_for_all_its_devices(fleet: Any) -> None:
@@ -242,7 +249,7 @@ def test_a_vector_in_many_tiny_chunks_is_refused_before_anything_is_kept_of_it(
     requests = rehearsal.run_until(CollectingInputs)
     right = rehearsal.clients[device].receive(requests[device])
     key = rehearsal.server.stage.upload_keys[rehearsal.server.stage.cohort.position_of[device]]
-    cut = tag_vector(rehearsal.clients[device].masked_vector, key, chunk_bytes=chunk_bytes)
+    cut = tag_vector(rehearsal.clients[device].masked_vector, key, "aes-128-ctr", chunk_bytes=chunk_bytes)
     if taken:
         rehearsal.send(device, structs.replace(right, vector=cut))
     else:

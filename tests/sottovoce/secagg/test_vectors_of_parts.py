@@ -154,13 +154,14 @@ def accept_key(inputs: Inputs) -> None:
 
 
 def tag(inputs: Inputs) -> dict[str, Any]:
-    made = uploads.tag_vector(raw(inputs["vector"]), raw(inputs["key"]), chunk_bytes=inputs["chunk_bytes"])
+    key, cipher = raw(inputs["key"]), inputs["cipher"]
+    made = uploads.tag_vector(raw(inputs["vector"]), key, cipher, chunk_bytes=inputs["chunk_bytes"])
     return {"size": made.size, "chunk_bytes": made.chunk_bytes, "tags": made.tags}
 
 
 def verify_chunk(inputs: Inputs) -> None:
     announced = inputs["announced"] | {"tags": raw(inputs["announced"]["tags"])}
-    expected = uploads.expect(TaggedVector(**announced), raw(inputs["key"]))
+    expected = uploads.expect(TaggedVector(**announced), raw(inputs["key"]), inputs["cipher"])
     expected.verify_chunk(inputs["index"], raw(inputs["chunk"]))
 
 
@@ -200,7 +201,9 @@ OPERATIONS: dict[str, Callable[[Any], Any]] = {
     "inclusion_token": lambda i: keys.inclusion_token(
         keys.channel(raw(i["secret"]), session=raw(i["session"])), sender=i["sender"], recipient=i["recipient"]
     ),
-    "upload_key": lambda i: keys.upload_key(raw(i["secret"]), session=raw(i["session"]), device=i["device"]),
+    "upload_key": lambda i: keys.upload_key(
+        raw(i["secret"]), session=raw(i["session"]), device=i["device"], cipher=i["cipher"]
+    ),
     "tag": tag,
     "verify_chunk": verify_chunk,
     "chunk_payload": chunk_payload,

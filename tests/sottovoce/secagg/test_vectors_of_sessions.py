@@ -176,7 +176,7 @@ def test_the_intermediate_values_of_a_transcript_are_the_codes(name: str) -> Non
             assert (secret.hex(), key.hex()) == (pairwise["agreed"], pairwise["key"])
         if "upload" in written:
             secret = keys.key_pair(raw(session.file["upload_secret"])).agree(raw(written["channel_key"]))
-            key = keys.upload_key(secret, session=number, device=device)
+            key = keys.upload_key(secret, session=number, device=device, cipher=cipher)
             assert (secret.hex(), key.hex()) == (written["upload"]["agreed"], written["upload"]["key"])
         if "self_mask" in written:
             key = keys.self_mask_key(raw(written["self_seed"]), session=number, device=device, cipher=cipher)
