@@ -34,7 +34,6 @@ from sottovoce.secagg.mask_removal import AT_ONCE, Spread
 from sottovoce.secagg.segments import add_into, reduce
 from sottovoce.secagg.server import STAGE_NAMES, Reply, ServerSession
 from sottovoce.secagg.server_stages import Unmasked
-from sottovoce.secagg.uploads import ExpectedVector
 from sottovoce.types import Array
 from sottovoce.wire.chunks import VectorChunk, decode_vector_chunk, encode_vector_chunk
 from sottovoce.wire.codec import ALL, Opened, open_envelope, parse, seal
@@ -252,10 +251,13 @@ class Bench:
         at_once = self._options.uploads_at_once if name == "masked_input" else ANSWERS_AT_ONCE
         for start in range(0, len(replies), at_once):
             answers = [self._let_answer(name, reply) for reply in replies[start : start + at_once]]
-            # All are verified, then all are taken: what signatures do to the processor's cache is theirs, too.
+            # One kind of work after another: what signatures do to the processor's cache is theirs, too.
             opened = [self._open(device, payload) for device, payload, _ in answers]
-            for (device, _, chunks), message in zip(answers, opened, strict=True):
-                self._take(device, message, chunks)
+            with self._meter.line(SESSION):
+                for message in opened:
+                    self._server.receive(message)
+            for device, _, chunks in answers:
+                self._take_upload(device, chunks)
             self._charge_server(name)
         _set_aside_what_lives()
         self._meter.take()
@@ -331,24 +333,20 @@ class Bench:
         with self._meter.line(SIGNATURES):
             return open_envelope(parse(payload), self._fleet.devices[device].certificate, payload)
 
-    def _take(self, device: str, opened: Opened[Any], chunks: Iterable[bytes]) -> None:
-        with self._meter.line(SESSION):
-            self._server.receive(opened)
+    def _take_upload(self, device: str, payloads: Iterable[bytes]) -> None:
+        """Do what the coordinator does with the chunks of a masked vector, if `device` has announced one."""
         announced = self._server.expected_vector(device)
-        if announced is not None:
-            fresh = [bytes(memoryview(chunk)) for chunk in chunks]  # As a socket would have it: just written.
-            with self._meter.line(UPLOAD):
-                self._take_upload(device, announced, fresh)
-
-    def _take_upload(self, device: str, announced: ExpectedVector, payloads: Iterable[bytes]) -> None:
-        """Do what the coordinator does with the chunks of a masked vector."""
-        self._uploads.enqueue(device, announced)
-        self._uploads.grant(0, offline=lambda _: False)
-        for payload in payloads:
-            chunk = decode_vector_chunk(payload)
-            upload = self._uploads.add_chunk(device, chunk.index, chunk.content, 0)
-            if upload is not None:
-                self._server.add_vector(device, upload)
+        if announced is None:
+            return
+        fresh = [bytes(memoryview(payload)) for payload in payloads]  # As a socket would have it: just written.
+        with self._meter.line(UPLOAD):
+            self._uploads.enqueue(device, announced)
+            self._uploads.grant(0, offline=lambda _: False)
+            for payload in fresh:
+                chunk = decode_vector_chunk(payload)
+                upload = self._uploads.add_chunk(device, chunk.index, chunk.content, 0)
+                if upload is not None:
+                    self._server.add_vector(device, upload)
 
     def _charge_server(self, stage: str) -> None:
         for line, seconds in self._meter.take().items():

@@ -10,9 +10,9 @@ Reference: `docs/SPEC.md`, section 4.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import TypeAlias
 
+import msgspec
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM, ChaCha20Poly1305
 
@@ -25,20 +25,20 @@ _AEADS: dict[Cipher, type[Aead]] = {"aes-128-ctr": AESGCM, "chacha20": ChaCha20P
 _NONCE_BYTES = 12
 
 
-@dataclass(frozen=True, slots=True)
-class ExpectedVector(Cut):
+class ExpectedVector(Cut, msgspec.Struct, frozen=True, eq=False):
     """A masked vector that a device has announced, and what tells its chunks from others.
 
     Attributes:
         size: Bytes in the whole.
         chunk_bytes: Bytes in every chunk but the last.
         tags: The chunks' tags one after another.
+        aead: Checks them; it holds the key and does not show it.
     """
 
     size: int
     chunk_bytes: int
     tags: bytes
-    _aead: Aead = field(repr=False, compare=False)
+    aead: Aead
 
     def verify_chunk(self, index: int, chunk: bytes | bytearray | memoryview) -> None:
         """Raise BadBlob unless the device has tagged `chunk` as chunk `index` of its vector."""
@@ -46,7 +46,7 @@ class ExpectedVector(Cut):
             raise BadBlob(f"{len(chunk)} bytes are not chunk {index} of the masked vector that was announced")
         tag = self.tags[CHUNK_TAG_BYTES * index : CHUNK_TAG_BYTES * (index + 1)]
         try:
-            self._aead.decrypt(_nonce(index), tag, chunk)
+            self.aead.decrypt(_nonce(index), tag, chunk)
         except InvalidTag as error:
             raise BadBlob(f"chunk {index} of a masked vector does not match its tag") from error
 

@@ -15,7 +15,7 @@ from sottovoce.wire.messages import TaggedVector
 
 VECTOR = bytes(range(250))
 KEY = b"k" * 32
-REF = expect(tag_vector(VECTOR, KEY, chunk_bytes=100), KEY)
+REF = expect(tag_vector(VECTOR, KEY, "chacha20", chunk_bytes=100), KEY, "chacha20")
 CHUNKS = [VECTOR[:100], VECTOR[100:200], VECTOR[200:]]
 
 
@@ -124,7 +124,7 @@ def test_a_vector_larger_than_most_blobs_gets_its_slot_as_any_other() -> None:
     size, chunk_bytes = MAX_ASSEMBLY_BYTES + 8, 2**18
     announced = TaggedVector(size=size, chunk_bytes=chunk_bytes, tags=bytes(16 * (-(-size // chunk_bytes))))
     slots = UploadSlots(limit=1, idle_ms=1000)
-    slots.enqueue("a", expect(announced, KEY))
+    slots.enqueue("a", expect(announced, KEY, "chacha20"))
     assert slots.grant(0, offline=_nobody) == ["a"]
     assert slots.progress("a") is not None
 
