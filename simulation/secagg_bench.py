@@ -25,10 +25,10 @@ from rich.table import Table
 from simulation.secagg_bench_fleet import CHAINS, SIGNATURES, Meter, cold_chain_seconds, enrol
 from simulation.secagg_bench_floor import device_counts, server_counts
 from simulation.secagg_bench_run import (
-    ANSWERS_AT_ONCE,
     ENCODING,
     SESSION,
     UPLOAD,
+    UPLOADS_AT_ONCE,
     Bench,
     DropStage,
     Measured,
@@ -218,8 +218,8 @@ def _parse(arguments: Sequence[str] | None) -> tuple[Options, str | None]:
     parser.add_argument(
         "--uploads-at-once",
         type=_count,
-        default=ANSWERS_AT_ONCE,
-        help=f"masked vectors that wait for the coordinator, which takes them in a row (default {ANSWERS_AT_ONCE})",
+        default=UPLOADS_AT_ONCE,
+        help=f"masked vectors that wait for the coordinator, which takes them in a row (default {UPLOADS_AT_ONCE})",
     )
     parser.add_argument("--seed", type=int, default=1, help="of the updates and of who drops out")
     parser.add_argument("--json", metavar="FILE", help="also write every figure there; - is standard output, alone")

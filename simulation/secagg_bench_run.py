@@ -1,7 +1,8 @@
 """One session of secure aggregation with every device in this process: the real sessions of both sides, no network.
 
-Every message is sealed, parsed and verified as on a broker, masked vectors travel in chunks. Devices work one after
-another, and the vector of each is in memory only from its quantisation to its upload.
+Every message is sealed, parsed and verified as on a broker, masked vectors travel in chunks. In each stage the devices
+answer one after another, and the coordinator takes their answers in a row, because its processor is not theirs; vectors
+it takes a few at a time, and the vector of a device is in memory only from its quantisation to its upload.
 """
 
 from __future__ import annotations
@@ -50,8 +51,9 @@ WEIGHT = 10
 _CLIP_NORM = 4.0
 _DISTINCT_UPDATES = 8
 _SAMPLES_A_STAGE = 20
-ANSWERS_AT_ONCE = 20
-"""Answers that the coordinator takes one after another: its processor's cache is not that of the devices."""
+UPLOADS_AT_ONCE = 20
+"""Vectors that are in memory together, for the coordinator to take in a row: its processor is not that of the devices.
+"""
 
 Seconds: TypeAlias = dict[str, float]
 
@@ -90,7 +92,7 @@ class Options:
     workers: int
     seed: int
     graph: str = "auto"
-    uploads_at_once: int = ANSWERS_AT_ONCE
+    uploads_at_once: int = UPLOADS_AT_ONCE
 
     @property
     def dropouts(self) -> int:
@@ -248,7 +250,7 @@ class Bench:
         name = STAGE_NAMES[type(self._server.stage)]
         staying = number < LAST_STAGES[self._options.drop_stage]
         replies = [one for one in self._server.outstanding() if staying or one.device not in self._dropouts]
-        at_once = self._options.uploads_at_once if name == "masked_input" else ANSWERS_AT_ONCE
+        at_once = self._options.uploads_at_once if name == "masked_input" else self._options.clients
         for start in range(0, len(replies), at_once):
             answers = [self._let_answer(name, reply) for reply in replies[start : start + at_once]]
             # One kind of work after another: what signatures do to the processor's cache is theirs, too.
