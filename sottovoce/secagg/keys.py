@@ -38,7 +38,7 @@ _ONE_TIME_NONCE = bytes(12)
 _SHA256 = SHA256()
 _FIRST_BLOCK = b"\x01"
 _FRAMED_LABELS = {label: label_prefixed(label) for label in labels.KEY_LABELS}
-_REMEMBERED_NAMES = 4096
+_REMEMBERED_NAMES = 1 << 14
 
 PublicKey: TypeAlias = X25519PublicKey
 
