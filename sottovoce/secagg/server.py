@@ -161,7 +161,7 @@ class ServerSession:
             upload_key=upload_keys.public,
         )
         self._recorded: dict[tuple[str, type[Message]], bytes] = {}
-        self._requests: dict[str, Message] = dict.fromkeys(sorted(invited), self.invitation)
+        self._requests: dict[str, Message] = dict.fromkeys(invited, self.invitation)
         self._requests_session = self._session = NO_SESSION
         self._spread = spread
         self.stage: Stage = AdvertisingKeys(invited, graph_rule, upload_keys)
@@ -196,8 +196,7 @@ class ServerSession:
 
     def outstanding(self) -> list[Reply]:
         """Return this stage's requests to the devices that still owe an answer: at first, and after a reconnect."""
-        session, owing = self._requests_session, self._owing
-        return [Reply(device, request, session) for device, request in self._requests.items() if device in owing]
+        return [Reply(device, self._requests[device], self._requests_session) for device in sorted(self._owing)]
 
     def receive(self, opened: Opened[Any]) -> list[Reply]:
         """Record a device's verified message; the very same message again changes nothing.
