@@ -340,11 +340,10 @@ class Bench:
         announced = self._server.expected_vector(device)
         if announced is None:
             return
-        fresh = [bytes(memoryview(payload)) for payload in payloads]  # As a socket would have it: just written.
         with self._meter.line(UPLOAD):
             self._uploads.enqueue(device, announced)
             self._uploads.grant(0, offline=lambda _: False)
-            for payload in fresh:
+            for payload in payloads:
                 chunk = decode_vector_chunk(payload)
                 upload = self._uploads.add_chunk(device, chunk.index, chunk.content, 0)
                 if upload is not None:

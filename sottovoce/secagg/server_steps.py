@@ -144,7 +144,7 @@ def add_upload(total: bytearray, upload: Assembly[ExpectedVector], parameters: S
     if runs is None:
         segments.add_packed_into(total, b"".join(chunks), parameters)
         return
-    for run in reversed(runs):
+    for run in reversed(runs):  # The chunk that came last is still in the processor's cache.
         target = np.frombuffer(total, run.dtype, run.count, run.start)
         np.add(target, np.frombuffer(chunks[run.chunk], run.dtype, run.count, run.offset), target)
 
