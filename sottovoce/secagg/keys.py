@@ -98,7 +98,7 @@ class KeyPair:
 class Channel:
     """What all keys between two neighbours follow from: HKDF's extraction of their channel secret, made once."""
 
-    _extraction: HMAC = field(repr=False, compare=False)
+    _extraction: bytes = field(repr=False)
 
 
 def key_pair(secret: bytes) -> KeyPair:
@@ -121,7 +121,7 @@ def parsed(public_key: bytes) -> PublicKey:
 
 def channel(secret: bytes, *, session: bytes) -> Channel:
     """Return the channel of two neighbours; `secret` is what their channel keys agree on."""
-    return Channel(HMAC(_extracted(secret, session), _SHA256))
+    return Channel(_extracted(secret, session))
 
 
 def refuse_low_order(public_key: bytes) -> None:
@@ -150,12 +150,12 @@ def pairwise_mask_key(secret: bytes, *, session: bytes, lower: str, upper: str, 
 def share_channel_key(between: Channel, *, sender: str, recipient: str) -> bytes:
     """Return the key that encrypts the shares from `sender` to `recipient`; the other direction has another."""
     names = (sender, recipient, _AEAD)
-    return _expanded(between._extraction.copy(), _AEAD_KEY_BYTES, labels.SHARE_CHANNEL, names)
+    return _expanded(between._extraction, _AEAD_KEY_BYTES, labels.SHARE_CHANNEL, names)
 
 
 def inclusion_token(between: Channel, *, sender: str, recipient: str) -> bytes:
     """Return the 16 bytes by which `sender` tells `recipient` "I masked with you"; nobody else can make them."""
-    return _expanded(between._extraction.copy(), INCLUSION_BYTES, labels.INCLUSION, (sender, recipient))
+    return _expanded(between._extraction, INCLUSION_BYTES, labels.INCLUSION, (sender, recipient))
 
 
 def upload_key(secret: bytes, *, session: bytes, device: str, cipher: Cipher) -> bytes:
@@ -182,7 +182,7 @@ def decrypt_shares(key: bytes, ciphertext: bytes, *, session: bytes) -> bytes:
 
 def _derive(secret: bytes, session: bytes, length: int, label: bytes, *names: str) -> bytes:
     """Return the one key that follows from `secret`: HKDF-SHA256 (RFC 5869)."""
-    return _expanded(HMAC(_extracted(secret, session), _SHA256), length, label, names)
+    return _expanded(_extracted(secret, session), length, label, names)
 
 
 def _extracted(secret: bytes, session: bytes) -> bytes:
@@ -191,10 +191,11 @@ def _extracted(secret: bytes, session: bytes) -> bytes:
     return extraction.finalize()
 
 
-def _expanded(extraction: HMAC, length: int, label: bytes, names: Sequence[str]) -> bytes:
-    """Finish `extraction` as an expansion to at most 32 bytes, which is a single block."""
-    extraction.update(_FRAMED_LABELS[label] + b"".join(map(_framed, names)) + _FIRST_BLOCK)
-    return extraction.finalize()[:length]
+def _expanded(extraction: bytes, length: int, label: bytes, names: Sequence[str]) -> bytes:
+    """Return the expansion of `extraction` to at most 32 bytes, which is a single block."""
+    expansion = HMAC(extraction, _SHA256)
+    expansion.update(_FRAMED_LABELS[label] + b"".join(map(_framed, names)) + _FIRST_BLOCK)
+    return expansion.finalize()[:length]
 
 
 @lru_cache(maxsize=_REMEMBERED_NAMES)
