@@ -289,12 +289,14 @@ def _position(cohort: Cohort, sender: Certificate) -> int:
 
 
 def _upload_keys(agreement: Agreement, stage: SharingKeys) -> dict[int, bytes]:
-    """Return the upload key of everybody who shared keys; in one go they take half as long as between uploads."""
+    """Return the upload key of everybody who shared keys."""
     session, members, cipher = stage.cohort.shape.session, stage.cohort.members, agreement.parameters.cipher
-    secrets = {position: stage.upload_keys.agree(members[position].channel_key) for position in stage.answers}
+    agree = stage.upload_keys.agree
     return {
-        position: keys.upload_key(secret, session=session, device=members[position].device, cipher=cipher)
-        for position, secret in secrets.items()
+        position: keys.upload_key(
+            agree(members[position].channel_key), session=session, device=members[position].device, cipher=cipher
+        )
+        for position in stage.answers
     }
 
 

@@ -2,7 +2,7 @@
 
 A tag is an AEAD's over no text, with the chunk as associated data and its index as the nonce: AES-256-GCM where the
 session's masks are AES's, which every processor of the session is fast at then, else ChaCha20-Poly1305 (RFC 8439). It
-replaces a digest because either is several times as fast as SHA-256, and the server checks thousands of vectors. A key
+replaces a digest because either is faster than SHA-256, and the server checks thousands of vectors. A key
 is for one vector: it comes from a channel key and a session id that are fresh, and a device masks once a session.
 
 Reference: `docs/SPEC.md`, section 4.
@@ -10,9 +10,9 @@ Reference: `docs/SPEC.md`, section 4.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
-import msgspec
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM, ChaCha20Poly1305
 
@@ -25,20 +25,20 @@ _AEADS: dict[Cipher, type[Aead]] = {"aes-128-ctr": AESGCM, "chacha20": ChaCha20P
 _NONCE_BYTES = 12
 
 
-class ExpectedVector(Cut, msgspec.Struct, frozen=True, eq=False):
+@dataclass(frozen=True, slots=True)
+class ExpectedVector(Cut):
     """A masked vector that a device has announced, and what tells its chunks from others.
 
     Attributes:
         size: Bytes in the whole.
         chunk_bytes: Bytes in every chunk but the last.
         tags: The chunks' tags one after another.
-        aead: Checks them; it holds the key and does not show it.
     """
 
     size: int
     chunk_bytes: int
     tags: bytes
-    aead: Aead
+    _aead: Aead = field(repr=False, compare=False)
 
     def verify_chunk(self, index: int, chunk: bytes | bytearray | memoryview) -> None:
         """Raise BadBlob unless the device has tagged `chunk` as chunk `index` of its vector."""
@@ -46,7 +46,7 @@ class ExpectedVector(Cut, msgspec.Struct, frozen=True, eq=False):
             raise BadBlob(f"{len(chunk)} bytes are not chunk {index} of the masked vector that was announced")
         tag = self.tags[CHUNK_TAG_BYTES * index : CHUNK_TAG_BYTES * (index + 1)]
         try:
-            self.aead.decrypt(_nonce(index), tag, chunk)
+            self._aead.decrypt(_nonce(index), tag, chunk)
         except InvalidTag as error:
             raise BadBlob(f"chunk {index} of a masked vector does not match its tag") from error
 

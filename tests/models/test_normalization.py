@@ -101,7 +101,7 @@ def test_an_export_leaves_the_layer_as_it_was(filled: dict[str, Array]) -> None:
 
 @pytest.mark.slow
 def test_a_training_whose_batches_grow_is_the_same_however_the_memory_lies() -> None:
-    """With one interpreter for all sizes of a batch, about four of these 1,500 trainings went wrong."""
+    """With one interpreter for all sizes of a batch, a few of these trainings went wrong."""
     bundle = export(model_of(layers.Normalization()), **SETTINGS)
     broadcast = {**decode_tensors(bundle.initial), **MOMENTS}
     batches, random = random_batches(bundle.batch, "moments", (1, 3, 8, 3)), np.random.default_rng(1)

@@ -117,8 +117,7 @@ def test_a_key_is_not_shown_and_is_another_for_every_session_and_device(fleet: A
             assert client.stage.upload_key.hex() not in repr(client.stage)
             assert repr(client.stage.upload_key) not in repr(client.stage)
     assert len(set(found)) == 8
-    assert KEY.hex() not in repr(expected_of(b"vector", 10))
-    assert repr(KEY) not in repr(expected_of(b"vector", 10))
+    assert "_aead" not in repr(expected_of(b"vector", 10))
 
 
 def test_the_coordinators_key_is_fresh_and_one_for_all_its_devices(fleet: Any) -> None:
@@ -210,7 +209,7 @@ def test_a_tag_from_another_session_is_refused(fleet: Any) -> None:
     assert before != after
     for content in (before, after):
         with pytest.raises(BadBlob):
-            assemble(structs.replace(expected, tags=earlier.tags), content)
+            assemble(dataclasses.replace(expected, tags=earlier.tags), content)
     with pytest.raises(BadBlob):
         assemble(expected, before)
     message = second.answers[device][-1]
